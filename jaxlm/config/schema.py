@@ -65,7 +65,8 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "projection"] = "none"
     """RMSNorm of queries and keys: of each head (Qwen 3, Gemma 3) or of the whole projection (OLMo 2)."""
     windows: tuple[int, ...] = ()
-    """Sliding-window length of each layer in tokens, repeated over the layers; 0 sees everything. Mistral 4096; Gemma 2 4096,0."""
+    """Sliding-window length of each layer in tokens, repeated over the layers; 0 sees everything. Mistral 4096;
+    Gemma 2 4096,0."""
     attention_softcap: float | None = None
     """Attention logits become cap * tanh(logits / cap) (Gemma 2: 50)."""
     logit_softcap: float | None = None
@@ -85,11 +86,13 @@ class DataConfig:
     """Where the tokens come from and how they become batches."""
 
     path: tuple[str, ...] = ("stdlib",)
-    """Corpora, comma-separated: "stdlib" (Python's own source), a file or folder of text, JSONL, Parquet or source code, or a prepared token folder."""
+    """Corpora, comma-separated: "stdlib" (Python's own source), a file or folder of text, JSONL, Parquet or source
+    code, or a prepared token folder."""
     weights: tuple[float, ...] = ()
     """Sampling weight of each corpus of path (default: by size)."""
     tokenizer: str = "bpe"
-    """bytes, bpe (trained on the corpus), or the path of a tokenizer.json or .tiktoken file; prepared folders bring their own."""
+    """bytes, bpe (trained on the corpus), or the path of a tokenizer.json or .tiktoken file; prepared folders bring
+    their own."""
     vocabulary: int = 2048
     """Tokens of a bpe tokenizer trained on the corpus."""
     text_key: str = "text"
@@ -169,7 +172,8 @@ class PrecisionConfig:
     """Number formats."""
 
     compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Matmuls and activations; auto is bfloat16 on accelerators and float32 on CPU; float16 adds dynamic loss scaling."""
+    """Matmuls and activations; auto is bfloat16 on accelerators and float32 on CPU; float16 adds dynamic loss
+    scaling."""
     params: Literal["float32", "bfloat16"] = "float32"
     """Master weights and optimizer state."""
 
@@ -223,11 +227,13 @@ class RunConfig:
     """One training run. Precedence: these defaults, then the recipe (--config), then --section.field=value."""
 
     mesh: str = "dp-1"
-    """Devices by axis, as axis and size: dp4,tp2. Axes: rep pp dp fsdp ep cp tp; one size may be -1, the rest of the devices."""
+    """Devices by axis, as axis and size: dp4,tp2. Axes: rep pp dp fsdp ep cp tp; one size may be -1, the rest of the
+    devices."""
     simulate: bool = True
     """On a CPU host, simulate as many devices as the mesh asks for."""
     distributed: bool = False
-    """One of several processes: jax.distributed finds the others (SLURM, Kubernetes, TPU pods, JAX_COORDINATOR_ADDRESS)."""
+    """One of several processes: jax.distributed finds the others (SLURM, Kubernetes, TPU pods,
+    JAX_COORDINATOR_ADDRESS)."""
     run: str = "runs/default"
     """The run folder: configuration, metrics, checkpoints, samples."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -235,7 +241,8 @@ class RunConfig:
     attention: AttentionBackend = "auto"
     """Attention implementation; auto takes the fastest that can run and says which, anything else runs or fails."""
     remat: RematPolicy = "none"
-    """What the backward pass recomputes: nothing, whole blocks, all but matmul results, all but named tensors, or those offloaded to host memory."""
+    """What the backward pass recomputes: nothing, whole blocks, all but matmul results, all but named tensors, or
+    those offloaded to host memory."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

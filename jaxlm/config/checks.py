@@ -1,0 +1,188 @@
+"""What a configuration must satisfy before anything is built: ranges, and keys that must fit together."""
+
+import math
+from collections.abc import Callable, Iterator
+
+from jaxlm.config.errors import UserError
+from jaxlm.config.load import items
+from jaxlm.config.mesh_spec import BUILT, MeshSpec
+from jaxlm.config.schema import ModelConfig, RunConfig
+from jaxlm.config.values import option, shown
+
+LARGEST = 2**31 - 1
+
+RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "1 or more": (
+        lambda x: x >= 1,
+        (
+            *("model.layers", "model.embed", "model.heads", "model.kv_heads", "model.head_size", "model.mlp"),
+            *("model.vocabulary", "model.max_positions", "model.rope_factor", "model.rope_original_length"),
+            *("data.sequence_length", "data.batch_size", "data.prefetch"),
+            *("train.steps", "train.log_every", "train.microbatches", "train.max_skipped", "eval.batches"),
+        ),
+    ),
+    "257 or more (256 bytes and the end of a document)": (lambda x: x >= 257, ("data.vocabulary",)),
+    "0 or more": (
+        lambda x: x >= 0,
+        (
+            *("model.windows", "data.seed", "train.seed", "optimizer.learning_rate", "optimizer.warmup_steps"),
+            *("optimizer.weight_decay", "optimizer.clip_norm", "train.z_loss", "train.loss_chunk"),
+            *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "eval.every", "eval.sample_tokens"),
+        ),
+    ),
+    "more than 0": (
+        lambda x: x > 0,
+        (
+            *("model.norm_epsilon", "model.rope_theta", "model.rope_local_theta", "model.rope_low_frequency"),
+            *("model.rope_high_frequency", "model.attention_softcap", "model.logit_softcap", "model.query_scale"),
+            *("data.weights", "optimizer.epsilon"),
+        ),
+    ),
+    "0 or more and below 1": (
+        lambda x: 0 <= x < 1,
+        ("model.dropout", "data.validation", "optimizer.beta1", "optimizer.beta2", "train.label_smoothing"),
+    ),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, ("optimizer.decay_fraction", "optimizer.final_fraction")),
+}
+"""What a number must be, in words and as a test -> the keys it holds for; the items of a list, where it is one."""
+
+
+def check(config: RunConfig, spec: MeshSpec) -> None:
+    """Raise UserError for the first thing in `config` that cannot work on the resolved mesh `spec`."""
+    for problem in (*_ranges(config), *_model(config.model), *_data(config), *_training(config), *_mesh(config, spec)):
+        raise UserError(problem)
+
+
+def profile_window(steps: str) -> tuple[int, int]:
+    """First and last step to record, from the text of profile.steps."""
+    first, colon, last = steps.partition(":")
+    digits = all(part.isascii() and part.isdigit() and len(part) < 10 for part in (first, last))
+    if not (colon and digits and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile.steps={shown(steps)} is not a window of steps; write it first:last, like 10:13")
+    return int(first), int(last)
+
+
+def data_ways(spec: MeshSpec) -> int:
+    """Parts the rows of a batch are split into, over the replica, data and fsdp axes."""
+    return spec.sizes["rep"] * spec.sizes["dp"] * spec.sizes["fsdp"]
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    rules = {key: (words, test) for words, (test, keys) in RANGES.items() for key in keys}
+    for key, value in items(config):
+        for number in value if isinstance(value, tuple) else (value,):
+            if key in rules and number is not None and not rules[key][1](number):
+                yield f"{option(key)}={number}: must be {rules[key][0]}"
+            if isinstance(number, int) and number > LARGEST:
+                yield f"{option(key)}={shown(number)}: must be {LARGEST} or less"
+        if value == "" and key not in ("eval.prompt",):
+            yield f"{option(key)} is empty; give it a value, or leave it out for its default"
+
+
+def _model(m: ModelConfig) -> Iterator[str]:
+    kv_heads = m.kv_heads or m.heads
+    if m.head_size is None and m.embed % m.heads:
+        near = _nearest_multiple(m.embed, m.heads)
+        yield (
+            f"--model.embed={m.embed} does not divide by --model.heads={m.heads}; "
+            f"use --model.embed={near}, or set --model.head-size"
+        )
+    head_size = m.head_size or m.embed // m.heads
+    if m.heads % kv_heads:
+        yield (
+            f"--model.heads={m.heads} does not divide by --model.kv-heads={kv_heads}; "
+            f"use --model.kv-heads={_nearest_divisor(m.heads, kv_heads)}"
+        )
+    if m.positions == "rotary" and head_size % 2:
+        yield (
+            f"--model.head-size={head_size} is odd, and rotary positions turn pairs; "
+            f"use --model.head-size={head_size + 1}"
+        )
+    if m.rope_scaling != "none" and m.positions != "rotary":
+        yield (
+            f"--model.rope-scaling={m.rope_scaling} has no effect with --model.positions={m.positions}; "
+            "use --model.positions=rotary or --model.rope-scaling=none"
+        )
+    if m.rope_factor != 1 and m.rope_scaling == "none":
+        yield (
+            f"--model.rope-factor={m.rope_factor:g} has no effect with --model.rope-scaling=none; "
+            "choose linear, llama3 or yarn"
+        )
+    if m.rope_low_frequency >= m.rope_high_frequency:
+        yield (
+            f"--model.rope-low-frequency={m.rope_low_frequency:g} must be below "
+            f"--model.rope-high-frequency={m.rope_high_frequency:g}"
+        )
+    if len(m.windows) > m.layers:
+        yield f"--model.windows has {len(m.windows)} lengths for --model.layers={m.layers}; give {m.layers} or fewer"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if not data.path or "" in data.path:
+        yield "--data.path is empty; name a corpus, such as --data.path=stdlib"
+    if data.weights and len(data.weights) != len(data.path):
+        yield (
+            f"--data.weights has {len(data.weights)} numbers and --data.path {len(data.path)} corpora; "
+            "give one weight to each corpus"
+        )
+    if config.eval.every and not data.validation:
+        yield (
+            f"--data.validation=0 leaves nothing for --eval.every={config.eval.every}; "
+            "use --data.validation=0.05 or --eval.every=0"
+        )
+    if config.model.positions == "learned" and data.sequence_length > config.model.max_positions:
+        yield (
+            f"--data.sequence-length={data.sequence_length} is more than the {config.model.max_positions} learned "
+            f"positions; use --model.max-positions={data.sequence_length} or a shorter sequence"
+        )
+
+
+def _training(config: RunConfig) -> Iterator[str]:
+    if config.precision.compute == "float16" and config.precision.params != "float32":
+        yield (
+            f"--precision.params={config.precision.params} is too coarse to scale float16 gradients into; "
+            "use --precision.params=float32 or --precision.compute=bfloat16"
+        )
+    if config.profile.steps is not None and profile_window(config.profile.steps)[1] > config.train.steps:
+        yield (
+            f"--profile.steps={config.profile.steps} ends after the run (--train.steps={config.train.steps}); "
+            "choose an earlier window or more steps"
+        )
+
+
+def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
+    # optimizer.shard=data on a mesh without a data axis is no mistake: a run may continue on fewer devices.
+    for axis, size in spec.sizes.items():
+        if axis not in BUILT and size > 1:
+            yield f"mesh {spec}: training does not support {axis} yet; use {' '.join(BUILT)} (--mesh)"
+    m, tp = config.model, spec.sizes["tp"]
+    kv_heads = m.kv_heads or m.heads
+    for key, size in (("model.heads", m.heads), ("model.mlp", m.mlp)):
+        if size % tp:
+            yield (
+                f"{option(key)}={size} does not divide by tp {tp} of mesh {spec}; "
+                f"use {option(key)}={_nearest_multiple(size, tp)} or tp{_nearest_divisor(size, tp)}"
+            )
+    if kv_heads % tp and tp % kv_heads:
+        yield (
+            f"--model.kv-heads={kv_heads} neither divides by tp {tp} of mesh {spec} nor divides it; "
+            f"use tp{_nearest_divisor(kv_heads, tp)}"
+        )
+    ways, parts = data_ways(spec), config.train.microbatches
+    if config.data.batch_size % (ways * parts):
+        names = " x ".join(f"{axis} {spec.sizes[axis]}" for axis in ("rep", "dp", "fsdp") if spec.sizes[axis] > 1)
+        product = f"{names} x microbatches {parts}" if names else f"microbatches {parts}"
+        yield (
+            f"--data.batch-size={config.data.batch_size} does not divide by {product} = {ways * parts}; "
+            f"use --data.batch-size={_nearest_multiple(config.data.batch_size, ways * parts)}"
+        )
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, round(value / of) * of)
+
+
+def _nearest_divisor(value: int, near: int) -> int:
+    """The divisor of `value` that stands nearest, in ratio, to `near`."""
+    return min((d for d in range(1, min(value, 4096) + 1) if value % d == 0), key=lambda d: abs(math.log(d / near)))
