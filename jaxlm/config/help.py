@@ -32,7 +32,7 @@ def render(cls: type, flags: Mapping[str, str], topic: str = "") -> str:
         raise UserError(f"--help={topic[:80]!r}: no key has that in its name; write --help for all")
     if not topic:
         extra = {"config=RECIPE": "A YAML file of these keys, or the name of one in configs/; options override it."}
-        extra |= flags | {"help[=WORD]": "This text, or the keys with WORD in their name."}
+        extra |= {**flags, "help[=WORD]": "This text, or the keys with WORD in their name."}
         blocks += [("The command", f"--{flag}", meaning) for flag, meaning in extra.items()]
     lines = [_summary(cls)] if not topic else []
     section = None
@@ -88,7 +88,7 @@ def _placeholder(kind: Any) -> str:
 def _default(field: Field) -> str:
     if field.default is MISSING and field.default_factory is MISSING:
         return "(required)"
-    default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
     if default is None:
         return ""  # the field's own text says what none means
     if isinstance(default, str) and (default != default.strip() or not default):

@@ -1,0 +1,28 @@
+"""Every test runs on 8 simulated CPU devices, with strict array rules and with shapes and dtypes checked at each call."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# jax reads these as it is imported; commands that tests start inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Workers, reruns and those commands share what they compile.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxlm-tests-{os.getuid()}"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("jaxlm", "beartype.beartype")
+
+import jax  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+settings.register_profile(
+    "jaxlm", derandomize=True, max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("jaxlm")
