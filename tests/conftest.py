@@ -1,4 +1,4 @@
-"""Every test runs on 8 simulated CPU devices, with strict array rules and with shapes and dtypes checked at each call."""
+"""Every test runs on 8 simulated CPU devices, with strict array rules, shapes and dtypes checked at each call."""
 
 import os
 import tempfile
