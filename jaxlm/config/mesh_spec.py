@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from jaxlm.config.errors import UserError
+from jaxlm.config.values import shown
 
 AXES = {
     "rep": "replica",
@@ -85,18 +86,20 @@ def parse(text: str) -> MeshSpec:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([a-z]+)(-?\d{1,9})\s*", part)
         if not match:
-            raise UserError(f"mesh {text!r}: {part!r} is not an axis and a size; write dp4,tp2 (--mesh)")
+            raise UserError(f"mesh {shown(text)}: {shown(part)} is not an axis and a size; write dp4,tp2 (--mesh)")
         axis, size = match[1], int(match[2])
         if axis not in AXES:
-            near = get_close_matches(axis, [*AXES, *AXES.values()], n=1, cutoff=0.0)[0]
+            near = get_close_matches(axis[:80], [*AXES, *AXES.values()], n=1, cutoff=0.0)[0]
             near = next((a for a, name in AXES.items() if near in (a, name)), near)
-            raise UserError(f"mesh {text!r}: no axis {axis!r}; nearest is {near!r}, all are {' '.join(AXES)} (--mesh)")
+            raise UserError(
+                f"mesh {shown(text)}: no axis {shown(axis)}; nearest is {near!r}, all are {' '.join(AXES)} (--mesh)"
+            )
         if axis in named:
-            raise UserError(f"mesh {text!r}: axis {axis!r} stands twice; give it one size (--mesh)")
+            raise UserError(f"mesh {shown(text)}: axis {axis!r} stands twice; give it one size (--mesh)")
         if size < 1 and size != -1:
-            raise UserError(f"mesh {text!r}: size {size} of {axis!r}; use 1 or more, or -1 for the rest (--mesh)")
+            raise UserError(f"mesh {shown(text)}: size {size} of {axis!r}; use 1 or more, or -1 for the rest (--mesh)")
         named.add(axis)
         sizes[axis] = size
     if sum(size == -1 for size in sizes.values()) > 1:
-        raise UserError(f"mesh {text!r}: two sizes are -1; only one can be the rest of the devices (--mesh)")
+        raise UserError(f"mesh {shown(text)}: two sizes are -1; only one can be the rest of the devices (--mesh)")
     return MeshSpec(sizes=sizes)

@@ -1,0 +1,109 @@
+import pytest
+
+from jaxlm.config import mesh_spec
+from jaxlm.config.checks import RANGES, check, profile_window
+from jaxlm.config.errors import UserError
+from jaxlm.config.load import items, kinds, load
+from jaxlm.config.schema import RunConfig
+
+
+def check_run(*argv):
+    config = load(RunConfig, argv)[0]
+    spec = mesh_spec.parse(config.mesh)
+    check(config, spec.resolve(spec.device_count))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--mesh=dp4,tp2"],
+        ["--mesh=rep2,dp2,tp2"],
+        ["--mesh=tp4", "--model.kv-heads=2"],
+        ["--mesh=dp2,fsdp2", "--train.microbatches=4"],
+        ["--optimizer.shard=data"],
+        ["--data.validation=0", "--eval.every=0"],
+        ["--data.sequence-length=2048", "--model.positions=rotary"],
+        ["--model.embed=130", "--model.head-size=32"],
+        ["--profile.steps=10:13"],
+        ["--eval.prompt="],
+        ["--data.path=a,b", "--data.weights=1,2"],
+    ],
+)
+def test_what_works(argv):
+    check_run(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--model.layers=0"], ["--model.layers=0", "1 or more"]),
+        (["--model.kv-heads=0"], ["--model.kv-heads=0", "1 or more"]),
+        (["--model.windows=0,-1"], ["--model.windows=-1", "0 or more"]),
+        (["--model.dropout=1"], ["--model.dropout=1", "below 1"]),
+        (["--data.vocabulary=100"], ["--data.vocabulary=100", "257"]),
+        (["--data.seed=-1"], ["--data.seed=-1"]),
+        (["--data.weights=0"], ["--data.weights=0", "more than 0"]),
+        (["--train.steps=3000000000"], ["--train.steps=3000000000", "or less"]),
+        (["--optimizer.final-fraction=2"], ["--optimizer.final-fraction=2", "from 0 to 1"]),
+        (["--run="], ["--run is empty"]),
+        (["--data.path="], ["--data.path is empty"]),
+        (["--model.embed=130"], ["--model.embed=130", "--model.heads=4", "use --model.embed=128"]),
+        (["--model.kv-heads=3"], ["--model.kv-heads=3", "use --model.kv-heads="]),
+        (["--model.positions=rotary", "--model.head-size=33"], ["33 is odd", "34"]),
+        (["--model.rope-scaling=linear"], ["no effect", "--model.positions=rotary"]),
+        (["--model.positions=rotary", "--model.rope-factor=8"], ["no effect", "linear, llama3 or yarn"]),
+        (["--model.rope-low-frequency=9"], ["below"]),
+        (["--model.windows=1,2,3,4,5"], ["5 lengths", "4 or fewer"]),
+        (["--data.weights=1,2"], ["2 numbers", "1 corpora"]),
+        (["--data.validation=0"], ["--data.validation=0", "--eval.every=0"]),
+        (["--data.sequence-length=2000"], ["1024 learned positions", "--model.max-positions=2000"]),
+        (["--precision.compute=float16", "--precision.params=bfloat16"], ["--precision.params=float32"]),
+        (["--profile.steps=10"], ["first:last"]),
+        (["--profile.steps=290:301"], ["--train.steps=300"]),
+        (["--mesh=pp2"], ["pp yet", "rep dp fsdp tp"]),
+        (["--mesh=cp2"], ["cp yet"]),
+        (["--mesh=ep2"], ["ep yet"]),
+        (["--mesh=tp3"], ["--model.heads=4 does not divide by tp 3", "tp4"]),
+        (["--mesh=tp4", "--model.mlp=510"], ["--model.mlp=510", "512"]),
+        (
+            ["--mesh=tp2", "--model.heads=6", "--model.kv-heads=3", "--model.embed=192"],
+            ["--model.kv-heads=3", "use tp3"],
+        ),
+        (["--mesh=dp3"], ["--data.batch-size=16", "dp 3 x microbatches 1 = 3", "15"]),
+        (["--mesh=dp2,fsdp2", "--train.microbatches=3"], ["dp 2 x fsdp 2 x microbatches 3 = 12", "=12"]),
+    ],
+)
+def test_what_cannot_work(argv, parts):
+    with pytest.raises(UserError) as caught:
+        check_run(*argv)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+def test_the_cures_named_for_the_batch_and_the_heads_work():
+    check_run("--mesh=dp2,fsdp2", "--train.microbatches=3", "--data.batch-size=12")
+    check_run("--mesh=tp3", "--model.heads=3", "--model.embed=96", "--model.mlp=513")
+
+
+def test_ranges_name_numbers_of_the_schema_and_the_defaults_pass():
+    keys = kinds(RunConfig)
+    values = dict(items(RunConfig()))
+    named = [key for _, group in RANGES.values() for key in group]
+    assert len(named) == len(set(named))
+    assert set(named) <= set(keys)
+    numbers = {key for key, value in values.items() if type(value) in (int, float)}
+    assert numbers <= set(named), "every number has a range"
+
+
+@pytest.mark.parametrize("text", ["10:13", "1:1"])
+def test_profile_window(text):
+    assert ":".join(map(str, profile_window(text))) == text
+
+
+@pytest.mark.parametrize("text", ["", ":", "3", "5:4", "0:1", "a:b", "1:2:3", "-1:2", "1 :2", "²:3", "1:" + "9" * 50])
+def test_profile_window_mistakes(text):
+    with pytest.raises(UserError, match="first:last"):
+        profile_window(text)
