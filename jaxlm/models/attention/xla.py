@@ -1,0 +1,145 @@
+"""Attention out of plain XLA operations, arranged so that XLA runs it fast everywhere.
+
+Self-attention goes through the queries in a few blocks and computes only the keys a block can see: causality makes that
+just over half of the logits, a window fewer. The softmax divides the [T, H] output instead of the [T, S] weights, heads
+are batch dims of plain matmuls, kv heads are shared and never repeated, and the backward pass recomputes the weights
+from the log-sum-exp (as FlashAttention does, https://arxiv.org/abs/2307.08691), so that nothing of size T x S is kept.
+
+Legend: B batch, T target length, S source length, K kv heads, G query heads of one kv head, H head size;
+t and s are the lengths of one block of queries and of the keys it can see.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm.models.attention.reference import HIDDEN, soft_cap
+
+SAVED_NAME = "attention"
+"""Checkpoint name of the output and log-sum-exp: a remat policy that saves it does not run the forward pass twice."""
+
+BLOCK = 64
+MAX_BLOCKS = 8
+
+
+def query_blocks(length: int, window: int) -> list[tuple[int, int, int]]:
+    """(first query, query end, first key) of each block; a block's keys end where its queries end.
+
+    At most MAX_BLOCKS, because they are unrolled into the program; BLOCK queries at the least, because smaller matmuls
+    lose on CPU what they save.
+    """
+    count = min(max(length // BLOCK, 1), MAX_BLOCKS)
+    edges = [index * length // count for index in range(count + 1)]
+    starts = [max(0, first - window + 1) // BLOCK * BLOCK if window else 0 for first in edges[:-1]]
+    return list(zip(edges[:-1], edges[1:], starts, strict=True))
+
+
+def xla_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    visible_BTS: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Attention of any queries to any keys, such as one new token to a cache; statistics in float32."""
+    batch, length, heads, head = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(batch, length, kv_heads, heads // kv_heads, head)
+    logits_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    logits_BKGTS = jnp.where(visible_BTS[:, None, None], soft_cap(logits_BKGTS, softcap), HIDDEN)
+    weights_BKGTS = jnp.exp(logits_BKGTS - logits_BKGTS.max(axis=-1, keepdims=True))
+    total_BTKG = weights_BKGTS.sum(axis=-1).transpose(0, 3, 1, 2)
+    o_BTKGH = jnp.einsum(
+        "bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH, preferred_element_type=jnp.float32
+    )
+    return (o_BTKGH / total_BTKG[..., None]).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def xla_self_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"],
+    scale: float,
+    window: int,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    """Causal attention of a sequence to itself, within segments; statistics in float32."""
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap)[0]
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap):
+    q_BKGTH = _grouped(q_BTNH, k_BTKH.shape[2]) * jnp.asarray(scale, q_BTNH.dtype)
+    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    outputs, normalizers = [], []
+    for block in query_blocks(q_BTNH.shape[1], window):
+        first, end, start = block
+        logits, _ = _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap)
+        peak = logits.max(axis=-1, keepdims=True)
+        weights = jnp.exp(logits - peak)
+        total = weights.sum(axis=-1, keepdims=True)
+        o_BKGtH = _matmul("bkgts,bksh->bkgth", weights.astype(v_BKTH.dtype), v_BKTH[:, :, start:end]) / total
+        outputs.append(o_BKGtH.astype(q_BTNH.dtype))
+        normalizers.append(peak + jnp.log(total))
+    o_BKGTH = checkpoint_name(jnp.concatenate(outputs, axis=3), SAVED_NAME)
+    lse_BKGT1 = checkpoint_name(jnp.concatenate(normalizers, axis=3), SAVED_NAME)
+    return _ungrouped(o_BKGTH), (q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BKGTH, lse_BKGT1)
+
+
+def _backward(scale, window, softcap, residuals, do_BTNH):
+    q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BKGTH, lse_BKGT1 = residuals
+    dtype, length = q_BKGTH.dtype, q_BKGTH.shape[3]
+    do_BKGTH = _grouped(do_BTNH, k_BKTH.shape[1])
+    delta_BKGT1 = (do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    dq_blocks, dk_BKTH, dv_BKTH = [], 0.0, 0.0
+    for block in query_blocks(length, window):
+        first, end, start = block
+        q, do = q_BKGTH[:, :, :, first:end], do_BKGTH[:, :, :, first:end]
+        k, v = k_BKTH[:, :, start:end], v_BKTH[:, :, start:end]
+        logits, slope = _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap)
+        weights = jnp.exp(logits - lse_BKGT1[:, :, :, first:end])
+        dlogits = weights * (_matmul("bkgth,bksh->bkgts", do, v) - delta_BKGT1[:, :, :, first:end])
+        dlogits = (dlogits if slope is None else dlogits * slope).astype(dtype)
+        dq_blocks.append((_matmul("bkgts,bksh->bkgth", dlogits, k) * scale).astype(dtype))
+        around = ((0, 0), (0, 0), (start, length - end), (0, 0))
+        dk_BKTH += jnp.pad(_matmul("bkgts,bkgth->bksh", dlogits, q), around)
+        dv_BKTH += jnp.pad(_matmul("bkgts,bkgth->bksh", weights.astype(dtype), do), around)
+    dk_BTKH, dv_BTKH = (grad.transpose(0, 2, 1, 3).astype(dtype) for grad in (dk_BKTH, dv_BKTH))
+    return _ungrouped(jnp.concatenate(dq_blocks, axis=3)), dk_BTKH, dv_BTKH, None
+
+
+xla_self_attention.defvjp(_forward, _backward)
+
+
+def _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap):
+    """Masked logits of one block, and the derivative of the soft cap there (None without one)."""
+    first, end, start = block
+    logits = _matmul("bkgth,bksh->bkgts", q_BKGTH[:, :, :, first:end], k_BKTH[:, :, start:end])
+    slope = None
+    if softcap is not None:
+        squashed = jnp.tanh(logits / softcap)
+        logits, slope = softcap * squashed, 1.0 - squashed * squashed
+    distance_ts = jnp.arange(first, end)[:, None] - jnp.arange(start, end)[None, :]
+    seen_ts = (distance_ts >= 0) & (distance_ts < window) if window else distance_ts >= 0
+    seen_Bts = (segments_BT[:, first:end, None] == segments_BT[:, None, start:end]) & seen_ts[None]
+    return jnp.where(seen_Bts[:, None, None], logits, HIDDEN), slope
+
+
+def _matmul(spec, left, right):
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+
+
+def _grouped(x_BTNH, kv_heads):
+    batch, length, heads, head = x_BTNH.shape
+    return x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x_BKGTH):
+    batch, kv_heads, group, length, head = x_BKGTH.shape
+    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, head)
