@@ -1,0 +1,196 @@
+"""The corpora of a run, opened: raw ones prepared into the cache on first use, documents split for validation."""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from jaxlm.config.errors import UserError
+from jaxlm.config.schema import DataConfig
+from jaxlm.data import sources, tokenizer
+from jaxlm.data.prepare import prepare, train_bpe
+from jaxlm.data.sources import Source
+from jaxlm.data.store import TokenFolder, is_token_folder
+from jaxlm.data.tokenizer import Tokenizer
+
+SplitName = Literal["train", "validation"]
+BLOCK_TOKENS = 2**22
+
+
+class Split:
+    """Some documents of a folder, in stored order, as one stream of tokens; each document ends with eos."""
+
+    def __init__(self, folder: TokenFolder, documents: Int64[np.ndarray, "documents"]):
+        ends = folder.document_ends
+        starts = np.where(documents > 0, ends[documents - 1], 0)
+        self.folder = folder
+        self.documents = documents
+        """Numbers of the documents in their folder."""
+        self.lengths = ends[documents] - starts
+        self.ends = np.cumsum(self.lengths)
+        """End of each document in the stream."""
+        self.tokens = int(self.ends[-1]) if len(documents) else 0
+        # Neighbours in the folder are one run: a read is then a few slices, not one for each document.
+        first = np.flatnonzero(np.diff(documents, prepend=-2) != 1)
+        self._run_starts = (self.ends - self.lengths)[first]
+        self._run_stops = np.append(self._run_starts[1:], self.tokens)
+        self._run_offsets = starts[first] - self._run_starts
+
+    def read(self, start: int, stop: int, out: Int32[np.ndarray, "n"]) -> None:
+        """Copy tokens [start, stop) of the stream into `out`."""
+        run = int(np.searchsorted(self._run_starts, start, "right")) - 1
+        done = 0
+        while done < stop - start:
+            end = min(stop, int(self._run_stops[run]))
+            offset = int(self._run_offsets[run])
+            self.folder.read(start + done + offset, end + offset, out[done : end - start])
+            done = end - start
+            run += 1
+
+    def file_of(self, token: int) -> Path:
+        """The shard file that holds token number `token` of the stream."""
+        run = int(np.searchsorted(self._run_starts, token, "right")) - 1
+        return self.folder.file_of(token + int(self._run_offsets[run]))
+
+    def counts(self) -> Int64[np.ndarray, "V"]:
+        """How often each id stands in the stream."""
+        counts = np.zeros(self.folder.vocabulary, np.int64)
+        for start in range(0, self.tokens, BLOCK_TOKENS):
+            out = np.empty(min(BLOCK_TOKENS, self.tokens - start), np.int32)
+            self.read(start, start + len(out), out)
+            counts += np.bincount(out, minlength=len(counts))
+        return counts
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One entry of data.path."""
+
+    name: str
+    weight: float | None
+    """Its share of data.weights, which are by size where None."""
+    folder: TokenFolder
+    train: Split
+    validation: Split
+
+    def split(self, name: SplitName) -> Split:
+        return self.train if name == "train" else self.validation
+
+
+class Corpora:
+    """All corpora of a run; they share one tokenizer."""
+
+    def __init__(self, corpora: Sequence[Corpus]):
+        self.corpora = tuple(corpora)
+        self.tokenizer: Tokenizer = corpora[0].folder.tokenizer
+
+    def tokens(self, split: SplitName) -> int:
+        return sum(corpus.split(split).tokens for corpus in self.corpora)
+
+    def documents(self, split: SplitName) -> int:
+        return sum(len(corpus.split(split).documents) for corpus in self.corpora)
+
+    def unigram_entropy(self, split: SplitName = "train") -> float:
+        """Entropy of the token frequencies in nats a token, corpora weighted as in training: the loss of the best model
+        that sees no context. Reads every token once."""
+        shares = np.zeros(self.tokenizer.vocabulary_size)
+        for corpus in self.corpora:
+            part = corpus.split(split)
+            weight = part.tokens if corpus.weight is None else corpus.weight
+            shares += weight * part.counts() / max(part.tokens, 1)
+        return entropy(shares)
+
+    def describe(self) -> str:
+        """A line for each corpus: its documents and tokens in each split."""
+        lines = []
+        for corpus in self.corpora:
+            parts = (f"{name} {len(s.documents):,} documents, {s.tokens:,} tokens" for name, s in _splits(corpus))
+            lines.append(f"{corpus.name}: {'; '.join(parts)}")
+        return "\n".join(lines)
+
+
+def open_corpora(config: DataConfig) -> Corpora:
+    """Open the corpora of `config`; raw ones are prepared into config.cache on first use.
+
+    Raises:
+        UserError: a path, a shard or a tokenizer is missing or damaged, or tokenizers differ.
+    """
+    if config.weights and len(config.weights) != len(config.path):
+        counts = f"{len(config.weights)} numbers and --data.path {len(config.path)} corpora"
+        raise UserError(f"--data.weights has {counts}; give one for each, or none")
+    folders = _prepare_raw(config)
+    first = folders[0]
+    for folder in folders[1:]:
+        if folder.tokenizer_sha256 != first.tokenizer_sha256:
+            cure = "prepare both with one --tokenizer (--data.path)"
+            raise UserError(f"{folder.path} and {first.path} have different tokenizers; {cure}")
+    names = [Path(path).name or path for path in config.path]
+    names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+    weights: Sequence[float | None] = config.weights or [None] * len(folders)
+    return Corpora([_split(*entry, config.validation) for entry in zip(names, weights, folders, strict=True)])
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution that `counts` is proportional to."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def make_tokenizer(spec: str, vocabulary: int, inputs: Sequence[Source], text_key: str) -> Tokenizer:
+    """The tokenizer that data.tokenizer names, trained on `inputs` where it is bpe."""
+    if spec == "bpe":
+        return train_bpe(inputs, text_key, vocabulary)
+    return tokenizer.Bytes() if spec == "bytes" else tokenizer.load(spec)
+
+
+def tokenizer_settings(spec: str, vocabulary: int) -> dict[str, Any]:
+    """What decides the tokenizer besides the text: settings for `prepare`."""
+    if spec == "bpe":
+        return {"tokenizer": "bpe", "vocabulary": vocabulary}
+    return {"tokenizer": make_tokenizer(spec, vocabulary, (), "").digest()}
+
+
+def _prepare_raw(config: DataConfig) -> list[TokenFolder]:
+    opened = {path: TokenFolder(path) for path in config.path if is_token_folder(path)}
+    raw = {path: sources.find(path) for path in config.path if path not in opened}
+    inputs = [source for path in raw for source in raw[path]]
+    make = functools.cache(lambda: make_tokenizer(config.tokenizer, config.vocabulary, inputs, config.text_key))
+    settings = tokenizer_settings(config.tokenizer, config.vocabulary)
+    for path, folder in opened.items():
+        if config.tokenizer != "bpe" and folder.tokenizer_sha256 != settings["tokenizer"]:
+            cure = "leave --data.tokenizer out or prepare the corpus again"
+            raise UserError(f"{path} was not prepared with --data.tokenizer={config.tokenizer}; {cure}")
+    if opened:
+        folder = next(iter(opened.values()))
+        make, settings = (lambda: folder.tokenizer), {"tokenizer": folder.tokenizer_sha256}
+    elif config.tokenizer == "bpe":
+        settings["trained_on"] = sources.fingerprint(inputs, times=True)
+    cache = Path(config.cache).expanduser()
+    for path, found in raw.items():
+        key = json.dumps([sources.fingerprint(found, times=True), settings, config.text_key], sort_keys=True)
+        name = "".join(c if c.isalnum() else "-" for c in Path(path).name)[:40] or "corpus"
+        output = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        opened[path] = TokenFolder(prepare(found, output, make, settings, text_key=config.text_key))
+    return [opened[path] for path in config.path]
+
+
+def _split(name: str, weight: float | None, folder: TokenFolder, validation: float) -> Corpus:
+    """Documents are held out by the hash of their text: the same ones whatever is added, and equal ones together."""
+    hashes = folder.document_hashes
+    held_out = hashes < np.uint64(min(math.ldexp(validation, 64), 2**64 - 1))
+    if validation and (held_out.all() or not held_out.any()):
+        # Chance left one side empty: hold out the lowest hash, unless that is everything and nothing can be split.
+        held_out = (hashes == hashes.min()) & (hashes.min() != hashes.max())
+    chosen = {True: np.flatnonzero(held_out), False: np.flatnonzero(~held_out)}
+    return Corpus(name, weight, folder, Split(folder, chosen[False]), Split(folder, chosen[True]))
+
+
+def _splits(corpus: Corpus) -> tuple[tuple[str, Split], ...]:
+    return ("train", corpus.train), ("validation", corpus.validation)

@@ -1,0 +1,216 @@
+"""Rows by position, and device batches made ahead of the step.
+
+Position counts the samples consumed and is the loader's whole state: row i of a batch is sample position + i, whatever
+the batch size, the number of hosts and the mesh. B batch, T sequence length, W window = T + 1.
+"""
+
+import bisect
+import functools
+import hashlib
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from jaxlm.config.errors import UserError
+from jaxlm.config.schema import DataConfig
+from jaxlm.data.corpus import Corpora, SplitName
+from jaxlm.data.packing import Packing
+
+Batch = dict[str, np.ndarray]
+"""tokens, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]."""
+
+
+class Loader:
+    """The samples of a split in the order of training. Holds no state: every method is a pure function."""
+
+    def __init__(self, corpora: Corpora, config: DataConfig, split: SplitName = "train"):
+        self.config, self.split, self.corpora = config, split, corpora
+        _check_length(corpora, split, config)
+        used = [corpus for corpus in corpora.corpora if corpus.split(split).tokens > 1]
+        self._names = [corpus.name for corpus in used]
+        self._packings = [Packing(corpus.split(split), config.sequence_length, config.packing) for corpus in used]
+        self._first_rows = np.cumsum([0, *(packing.rows for packing in self._packings)]).tolist()
+        self.samples_per_epoch: int = self._first_rows[-1]
+        """Rows of all corpora together; an epoch has each once (with data.weights: as many, in those shares)."""
+        # Held-out order is not the seed's business: runs with other seeds are evaluated on the same samples.
+        seed = config.seed if split == "train" else 0
+        self._order = _order(self._first_rows, config.weights and [c.weight for c in used], seed)
+
+    def rows(self, position: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of the batch whose first sample is number `position`."""
+        length = self.config.sequence_length
+        tokens_BW = np.full((stop - start, length + 1), self.corpora.tokenizer.eos_id, np.int32)
+        starts_BW = np.zeros((stop - start, length + 1), bool)
+        written_B1 = np.zeros((stop - start, 1), np.int64)
+        for i, row in enumerate(self._rows(position + start, stop - start)):
+            corpus = bisect.bisect_right(self._first_rows, row) - 1
+            packing = self._packings[corpus]
+            written_B1[i] = packing.fill(row - self._first_rows[corpus], tokens_BW[i], starts_BW[i])
+        index_W = np.arange(length + 1, dtype=np.int32)
+        if not self.config.document_mask:
+            starts_BW[:] = index_W == 0
+        segments_BW = np.where(index_W < written_B1, np.cumsum(starts_BW, axis=1, dtype=np.int32), 0)
+        begins_BW = np.maximum.accumulate(np.where(starts_BW | (index_W == written_B1), index_W, 0), axis=1)
+        same_BT = (segments_BW[:, 1:] == segments_BW[:, :-1]) & (segments_BW[:, 1:] > 0)
+        return {
+            "tokens": tokens_BW[:, :-1].copy(),
+            "targets": tokens_BW[:, 1:].copy(),
+            "segment_ids": segments_BW[:, :-1].copy(),
+            "positions": (index_W - begins_BW)[:, :-1].copy(),
+            "loss_mask": same_BT.astype(np.float32),
+        }
+
+    def sample_ids(self, position: int, count: int) -> list[str]:
+        """A name for each sample, equal for equal samples: its corpus and the row of its packing."""
+        rows = self._rows(position, count)
+        corpora = [bisect.bisect_right(self._first_rows, row) - 1 for row in rows]
+        return [f"{self._names[c]}:{row - self._first_rows[c]}" for c, row in zip(corpora, rows, strict=True)]
+
+    def _rows(self, position: int, count: int) -> list[int]:
+        return [int(self._order[i]) for i in range(position, position + count)]
+
+
+class Batches(Iterator[tuple[int, dict[str, jax.Array], float]]):
+    """What `batches` returns; `close` it (or use it in a `with`) to stop its thread."""
+
+    def __init__(self, make: Callable[[int], dict[str, jax.Array]], positions: range, prefetch: int):
+        self._make, self._positions, self._after = make, iter(positions), positions.step
+        self._queue: queue.Queue[Any] | None = None
+        if prefetch:
+            # One batch waits in the thread's hands, the others in the queue.
+            self._queue, self._closed = queue.Queue(max(prefetch - 1, 1)), threading.Event()
+            arguments = (make, positions, self._queue, self._closed)
+            self._thread = threading.Thread(target=_produce, args=arguments, name="jaxlm-data", daemon=True)
+            self._thread.start()
+            # The thread knows nothing of this object, so that forgetting it stops the thread too.
+            self._finalizer = weakref.finalize(self, _stop, self._thread, self._queue, self._closed)
+
+    def __next__(self) -> tuple[int, dict[str, jax.Array], float]:
+        began = time.perf_counter()
+        if self._queue is None:
+            position = next(self._positions)
+            return position + self._after, self._make(position), time.perf_counter() - began
+        if self._closed.is_set():
+            raise StopIteration
+        item = self._queue.get()
+        if item is None or isinstance(item, BaseException):
+            self.close()
+            raise item or StopIteration
+        position, batch = item
+        return position + self._after, batch, time.perf_counter() - began
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; nothing comes after."""
+        self._positions = iter(())
+        if self._queue is not None:
+            self._finalizer()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def batches(
+    loader: Loader,
+    position: int,
+    batch_size: int,
+    sharding_for: Callable[[str], Sharding],
+    prefetch: int = 2,
+    stop: int | None = None,
+) -> Batches:
+    """Global batches on the device, `prefetch` of them made ahead by a thread (0: made when asked for).
+
+    Args:
+        position: of the first sample.
+        sharding_for: array name -> sharding of its [B, T]; this process reads only the rows its devices hold.
+        stop: no batch begins at or after this position.
+
+    Yields:
+        (position after the batch, arrays by name, seconds waited for it). Errors of the thread are raised here.
+    """
+    length = loader.config.sequence_length
+    positions = range(position, 2**62 if stop is None else stop, batch_size)
+    return Batches(functools.partial(_device_batch, loader, (batch_size, length), sharding_for), positions, prefetch)
+
+
+def _check_length(corpora: Corpora, split: SplitName, config: DataConfig) -> None:
+    tokens, documents = corpora.tokens(split), corpora.documents(split)
+    if not documents:
+        one = "they are one document (or copies of it), which cannot be split; give more documents"
+        cure = one if config.validation else f"--data.validation={config.validation:g} holds nothing out; raise it"
+        raise UserError(f"no {split} split of {', '.join(config.path)}: {cure}")
+    if tokens <= config.sequence_length:
+        raise UserError(
+            f"--data.sequence-length={config.sequence_length} is too long for the {split} split, which has {tokens} "
+            f"tokens in {documents} documents; use at most {max(tokens - 1, 1)}, or give more text"
+        )
+
+
+def _device_batch(
+    loader: Loader, shape: tuple[int, int], sharding_for: Callable[[str], Sharding], position: int
+) -> dict[str, jax.Array]:
+    read = functools.cache(lambda start, stop: loader.rows(position, start, stop))
+
+    def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return read(start, stop)[name][:, index[1]]
+
+    names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    return {
+        name: jax.make_array_from_callback(shape, sharding_for(name), functools.partial(part, name)) for name in names
+    }
+
+
+def _produce(
+    make: Callable[[int], dict[str, jax.Array]], positions: range, ready: queue.Queue[Any], closed: threading.Event
+) -> None:
+    try:
+        for position in positions:
+            if not _put((position, make(position)), ready, closed):
+                return
+        _put(None, ready, closed)
+    except BaseException as error:  # whatever it is, it belongs to the consumer, who would wait for ever otherwise
+        _put(error, ready, closed)
+
+
+def _put(item: object, ready: queue.Queue[Any], closed: threading.Event) -> bool:
+    while not closed.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def _stop(thread: threading.Thread, ready: queue.Queue[Any], closed: threading.Event) -> None:
+    closed.set()
+    thread.join()
+
+
+def _order(first_rows: list[int], weights: tuple | list, seed: int) -> grain.MapDataset:
+    """Sample number -> row, counted through all corpora. Each epoch has its own order."""
+    ranges = [range(*pair) for pair in zip(first_rows[:-1], first_rows[1:], strict=True)]
+    if not weights:
+        ranges = [range(first_rows[0], first_rows[-1])]
+    datasets = [
+        grain.MapDataset.range(rows.start, rows.stop).shuffle(seed=_seed(seed, i)).repeat()
+        for i, rows in enumerate(ranges)
+    ]
+    return grain.MapDataset.mix(datasets, weights=weights) if len(datasets) > 1 else datasets[0]
+
+
+def _seed(seed: int, corpus: int) -> int:
+    """32 bits for Grain, which counts epochs on from the seed: hashing keeps epoch 1 of seed 0 from being epoch 0 of
+    seed 1, and corpora of one size out of step."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {corpus}".encode(), digest_size=4).digest(), "little")

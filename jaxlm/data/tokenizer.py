@@ -1,0 +1,272 @@
+"""Text to token ids and back: bytes, Hugging Face `tokenizers` (trained here or given), and tiktoken rank files.
+
+Every tokenizer encodes text as text: the name of a special token inside a document is spelled out, never obeyed, so
+the end-of-document id stands nowhere but at ends of documents.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from jaxlm.config.errors import UserError
+
+INFO = "tokenizer_info.json"
+END = "<|endoftext|>"
+ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
+"""Names by which a tokenizer.json may call the end of a document, the likeliest first."""
+MAX_FILE_BYTES = 256 * 2**20
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+CL100K_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+O200K_PATTERN = (
+    r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
+    r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+TIKTOKEN = {
+    50256: (GPT2_PATTERN, 50256),
+    50280: (GPT2_PATTERN, 50256),
+    100256: (CL100K_PATTERN, 100257),
+    128000: (CL100K_PATTERN, 128001),
+    199998: (O200K_PATTERN, 199999),
+}
+"""Ranks in the published files (gpt2, p50k, cl100k, Llama 3, o200k) -> split pattern, end-of-document id: a rank file
+holds neither. Any other file gets the cl100k pattern and the first free id."""
+
+
+class Tokenizer(ABC):
+    """What the rest of jaxlm knows of a tokenizer."""
+
+    vocabulary_size: int
+    """Ids run from 0 to vocabulary_size - 1; some may stand for nothing."""
+    eos_id: int
+    """Ends a document."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Ids of each text, without special tokens; uses the machine's cores where the library can."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special ids and ids that stand for nothing add nothing."""
+
+    @abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """int32 [V]: bytes of text each id stands for, 0 for special ids."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """File name -> content, everything `load` needs."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(i) for i in self.encode_batch([text])[0]]
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (Path(folder) / name).write_bytes(content)
+
+    def digest(self) -> str:
+        """SHA-256 that is equal for equal tokenizers."""
+        sha = hashlib.sha256()
+        for name, content in sorted(self.files().items()):
+            sha.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+        return sha.hexdigest()
+
+
+class Bytes(Tokenizer):
+    """UTF-8 bytes, and 256 for the end of a document."""
+
+    vocabulary_size = 257
+    eos_id = 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([1] * 256 + [0], np.int32)
+
+    def files(self) -> dict[str, bytes]:
+        return {INFO: _json({"kind": "bytes"})}
+
+
+class HuggingFace(Tokenizer):
+    """A tokenizer.json."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eos: str):
+        tokenizer.no_truncation()  # a tokenizer.json may carry limits of the model it came from, which would drop text
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self._eos = eos
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        if eos not in vocabulary:
+            raise UserError(f"tokenizer.json has no token {eos!r}, named as its end of a document")
+        self.eos_id = vocabulary[eos]
+        self.vocabulary_size = max(vocabulary.values()) + 1
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=True)
+
+    def byte_lengths(self) -> np.ndarray:
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        lengths = np.zeros(self.vocabulary_size, np.int32)
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if byte_level:
+                lengths[i] = len(token)  # each character of a byte-level token stands for one byte
+            elif token.startswith("<0x") and len(token) == 6:
+                lengths[i] = 1
+            else:
+                lengths[i] = len(token.replace("\u2581", " ").encode())  # SentencePiece writes a space so
+        for i, added in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[i] = 0 if added.special else len(added.content.encode())
+        return lengths
+
+    def files(self) -> dict[str, bytes]:
+        info = {"kind": "huggingface", "eos": self._eos}
+        return {INFO: _json(info), "tokenizer.json": self._tokenizer.to_str().encode()}
+
+
+class Tiktoken(Tokenizer):
+    """A tiktoken rank file: a line for each token, base64 of its bytes and its rank."""
+
+    def __init__(self, content: bytes, name: str):
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError(f"{name} needs tiktoken: pip install 'jaxlm[tiktoken]'") from None
+        try:
+            lines = [line.split() for line in content.splitlines() if line.strip()]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except (ValueError, binascii.Error):
+            raise UserError(f"{name} is not a tiktoken file: each line is base64 and a number") from None
+        if any(bytes([b]) not in ranks for b in range(256)) or sorted(set(ranks.values()))[0] < 0:
+            raise UserError(f"{name} is not a whole tiktoken file: some of the 256 bytes have no rank")
+        if len(set(ranks.values())) != len(lines):
+            raise UserError(f"{name} is not a tiktoken file: a token or a rank stands twice")
+        self._content, self._ranks = content, ranks
+        taken = set(ranks.values())
+        free = next(i for i in range(len(ranks) + 1) if i not in taken)
+        pattern, self.eos_id = TIKTOKEN.get(len(ranks), (CL100K_PATTERN, free))
+        self.vocabulary_size = max(*taken, self.eos_id) + 1
+        self._bytes = {rank: token for token, rank in ranks.items()}
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: self.eos_id}
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        return self._encoding.encode_ordinary_batch(list(texts))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self._bytes.get(int(i), b"") for i in ids).decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([len(self._bytes.get(i, b"")) for i in range(self.vocabulary_size)], np.int32)
+
+    def files(self) -> dict[str, bytes]:
+        return {INFO: _json({"kind": "tiktoken"}), "tokenizer.tiktoken": self._content}
+
+
+def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE (Sennrich et al. 2016; the byte alphabet of GPT-2) of at most `vocabulary` tokens; the same
+    texts give the same tokenizer, whatever the number of threads."""
+    if vocabulary < 257:
+        raise UserError(f"vocabulary={vocabulary} is under the 257 of bytes and the end of a document; raise it")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=[END],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return HuggingFace(tokenizer, END)
+
+
+def load(path: str | Path) -> Tokenizer:
+    """The tokenizer in a folder written by `save`, or of a tokenizer.json or tiktoken file (or a folder with one)."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        if (path / INFO).is_file():
+            return _load_saved(path)
+        found = [path / name for name in ("tokenizer.json", "tokenizer.tiktoken") if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path} holds no tokenizer.json or tokenizer.tiktoken (--data.tokenizer)")
+        path = found[0]
+    content = _read(path)
+    if path.suffix == ".json":
+        return _hugging_face(path, content, eos=None)
+    if path.suffix == ".tiktoken" or (path.suffix == ".model" and content[:64].split(b" ")[0].isascii()):
+        return Tiktoken(content, path.name)
+    raise UserError(f"tokenizer {path}: use bytes, bpe, or the path of a tokenizer.json or .tiktoken file")
+
+
+def _load_saved(folder: Path) -> Tokenizer:
+    info = _parse(folder / INFO, _read(folder / INFO))
+    kind = info.get("kind")
+    if kind == "bytes":
+        return Bytes()
+    if kind == "huggingface" and isinstance(info.get("eos"), str):
+        return _hugging_face(folder / "tokenizer.json", _read(folder / "tokenizer.json"), eos=info["eos"])
+    if kind == "tiktoken":
+        return Tiktoken(_read(folder / "tokenizer.tiktoken"), "tokenizer.tiktoken")
+    raise UserError(f"{folder / INFO} describes no tokenizer this version knows; prepare the corpus again")
+
+
+def _hugging_face(path: Path, content: bytes, eos: str | None) -> Tokenizer:
+    if not isinstance(_parse(path, content).get("model"), dict):
+        raise UserError(f"{path} is not a tokenizer.json of Hugging Face tokenizers: it has no model")
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    if eos is None:
+        beside = path.with_name("tokenizer_config.json")
+        eos = _parse(beside, _read(beside)).get("eos_token") if beside.is_file() else None
+        eos = eos.get("content") if isinstance(eos, Mapping) else eos
+        eos = eos or next((end for end in ENDS if tokenizer.token_to_id(end) is not None), None)
+    if eos is None:
+        raise UserError(f"{path} has no end-of-document token; name it in a tokenizer_config.json beside (eos_token)")
+    return HuggingFace(tokenizer, eos)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        cure = "use bytes, bpe, or the path of a tokenizer.json or .tiktoken file"
+        raise UserError(f"tokenizer file {path} cannot be read: {error.strerror}; {cure}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise UserError(f"tokenizer file {path} is over {MAX_FILE_BYTES} bytes; is it a tokenizer?")
+    return content
+
+
+def _parse(path: Path, content: bytes) -> dict:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object; it is damaged or not a tokenizer")
+    return found
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
