@@ -17,7 +17,7 @@ import yaml
 from jaxlm.config.errors import UserError
 from jaxlm.config.help import render
 from jaxlm.config.schema import RunConfig
-from jaxlm.config.values import BOOL, is_section, option, read, shown, text
+from jaxlm.config.values import BOOL, is_section, option, plain, read, shown, text
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ def _split(argv: Sequence[str], keys: Mapping[str, Any], flags: Sequence[str]) -
                 raise UserError(f"--{name} takes no value; write --{name}")
             given |= {"help": value} if equals else {}
         elif key not in keys and key != "config":
-            raise UserError(_unknown(option(key[:80]), key, keys, [*flags, "config", "help"]))
+            raise UserError(_unknown(plain(option(key)), key, keys, [*flags, "config", "help"]))
         elif turned_off:
             if equals:
                 raise UserError(f"--{name} takes no value; write {option(key)}={shown(value)}")

@@ -23,6 +23,11 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def plain(name: str) -> str:
+    """A name for an error message: as it stands where that is short and printable, else as `shown`."""
+    return name if name.isprintable() and len(name) <= 80 else shown(name)
+
+
 def option(key: str) -> str:
     """The command-line spelling of a key: data.batch_size is --data.batch-size."""
     return "--" + key.replace("_", "-")
