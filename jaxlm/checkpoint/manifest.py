@@ -1,7 +1,7 @@
-"""What a checkpoint is on disk, and whether it can be trusted. Reads and hashes files only: no jax, no Orbax, no pickle.
+"""What a checkpoint is on disk, and whether it can be trusted. Reads and hashes files: no jax, no Orbax, no pickle.
 
     checkpoints/200/manifest.json       written last and atomically: the step exists if and only if this file does
-    checkpoints/200/save-1/meta.json    configuration, data position, versions, and the name, shape and dtype of each leaf
+    checkpoints/200/save-1/meta.json    configuration, data position, versions; name, shape and dtype of each leaf
     checkpoints/200/save-1/arrays/      the leaves, written by Orbax
 
 The manifest names the folder it vouches for (`save-1`), so that saving a step anew writes `save-2` beside it and the
@@ -110,7 +110,7 @@ def total_bytes(folder: Path, step: int) -> int:
 
 
 def delete(folder: Path, step: int) -> None:
-    """Remove a step: first what makes it count, so that a kill half-way leaves an incomplete save and no damaged one."""
+    """Remove a step: first what makes it count, so that a kill half-way leaves it incomplete, not damaged."""
     (folder / str(step) / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder / str(step))
 

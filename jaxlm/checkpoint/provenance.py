@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_revision() -> str | None:
-    """Commit of the checkout jaxlm runs from, with `-dirty` if it was edited; None outside a checkout or without git."""
+    """Commit of the checkout jaxlm runs from, with `-dirty` if it was edited; None outside one or without git."""
     root = Path(jaxlm.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Store:
         self._pending: tuple[int, Future[None]] | None = None
         self._damaged: set[int] = set()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -231,7 +231,7 @@ class Store:
                 raise UserError(f"leaf {name} is {there} in checkpoint {step} and {here} in this run; {cure}")
 
     def _failure(self, step: int, error: BaseException | None) -> SaveFailed:
-        """The one line about a save that failed; on process 0, what it left behind is removed to give the space back."""
+        """The line about a save that failed; process 0 removes what it left behind, to give the space back."""
         committed = step in self.steps()
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):

@@ -1,0 +1,143 @@
+"""How many floating-point operations training takes, and what share of the hardware's peak that is.
+
+A multiply-add is 2 FLOPs, and the backward pass takes twice the forward, so a parameter that is multiplied costs 6
+FLOPs a token, and a query-key pair of a head of size H costs 3 x (2 H for the logit + 2 H for the value) = 12 H:
+
+    FLOPs per token = 6 x matmul parameters + 12 x heads x head_size x sum over layers of the mean keys a token sees
+    mean keys       = T / 2 under the causal mask, w - w^2 / (2 T) in a layer with a window of w < T tokens
+    mfu             = FLOPs per token x tokens per second / (devices x peak FLOP/s of a device)
+
+Matmul parameters are the projections of attention and feed-forward and the output layer, tied or not; looking up an
+embedding multiplies nothing. Recomputation (remat) and padding are not counted: MFU is about the model, as in PaLM
+(Chowdhery et al. 2022, appendix B), which counts attention without the causal half. Document masks are not counted
+either, so packed short documents flatter the figure.
+"""
+
+import re
+
+from jaxlm.config.schema import ModelConfig
+
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    # https://docs.cloud.google.com/tpu/docs: of a JAX device, which is a chip, but half a chip for v2, v3 and 7x.
+    "TPU v2": {"bfloat16": 46e12 / 2},
+    "TPU v3": {"bfloat16": 123e12 / 2},
+    "TPU v4": {"bfloat16": 275e12},
+    "TPU v5": {"bfloat16": 459e12},  # how v5p calls itself
+    "TPU v5p": {"bfloat16": 459e12},
+    "TPU v5e": {"bfloat16": 197e12},
+    "TPU v5 lite": {"bfloat16": 197e12},
+    "TPU v6e": {"bfloat16": 918e12},
+    "TPU v6 lite": {"bfloat16": 918e12},
+    "TPU7x": {"bfloat16": 2307e12 / 2},
+    # NVIDIA data sheets, without sparsity; float32 is TF32 where the tensor cores have it.
+    "Tesla V100": {"float16": 125e12, "float32": 15.7e12},
+    "Tesla T4": {"float16": 65e12, "float32": 8.1e12},
+    "NVIDIA A10": {"bfloat16": 125e12, "float16": 125e12, "float32": 62.5e12},
+    "NVIDIA A10G": {"bfloat16": 70e12, "float16": 70e12, "float32": 35e12},
+    "NVIDIA A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12},
+    "NVIDIA L4": {"bfloat16": 121e12, "float16": 121e12, "float32": 60e12},
+    "NVIDIA L40S": {"bfloat16": 362e12, "float16": 362e12, "float32": 183e12},
+    "NVIDIA H100": {"bfloat16": 989e12, "float16": 989e12, "float32": 494.5e12},
+    "NVIDIA H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 378e12},
+    "NVIDIA H100 NVL": {"bfloat16": 835e12, "float16": 835e12, "float32": 417.5e12},
+    "NVIDIA H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 494.5e12},
+    "NVIDIA H200 NVL": {"bfloat16": 835e12, "float16": 835e12, "float32": 417.5e12},
+    "NVIDIA GH200": {"bfloat16": 989e12, "float16": 989e12, "float32": 494.5e12},
+    "NVIDIA B200": {"bfloat16": 2250e12, "float16": 2250e12, "float32": 1125e12},
+    "NVIDIA GB200": {"bfloat16": 2500e12, "float16": 2500e12, "float32": 1250e12},
+}
+"""Start of `device.device_kind` -> dtype of the matmul's inputs -> dense peak FLOP/s of one JAX device.
+
+A TPU multiplies float32 in one bfloat16 pass at JAX's default precision, so its float32 peak is that of bfloat16.
+"""
+
+
+def matmul_parameters(model: ModelConfig, vocabulary: int) -> int:
+    """Parameters that every token is multiplied with."""
+    return model.layers * (_attention_kernels(model) + _mlp_kernels(model)) + model.embed * vocabulary
+
+
+def parameter_count(model: ModelConfig, vocabulary: int) -> int:
+    """All parameters, for a vocabulary without padding."""
+    embed, (query, kv) = model.embed, _attention_widths(model)
+    norm = embed * (2 if model.norm == "layer" else 1)
+    qk_norms = {"none": 0, "head": 2 * _head_size(model), "projection": query + kv}[model.qk_norm]
+    block = _attention_kernels(model) + _mlp_kernels(model) + qk_norms
+    block += norm * (4 if model.norm_placement == "sandwich" else 2)
+    block += (query + 2 * kv) * model.qkv_bias + embed * model.output_bias
+    block += (model.mlp * (2 if model.gated else 1) + embed) * model.mlp_bias
+    tables = embed * vocabulary * (1 if model.tied else 2)
+    tables += embed * model.max_positions * (model.positions == "learned")
+    return model.layers * block + norm + tables
+
+
+def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward FLOPs of one token's logits and weighted values, over all layers."""
+    windows = [model.windows[i % len(model.windows)] if model.windows else 0 for i in range(model.layers)]
+    mean_keys = 0.0
+    for window in windows:
+        seen = min(window or sequence_length, sequence_length)
+        mean_keys += seen - seen * seen / (2 * sequence_length)
+    return 12 * model.heads * _head_size(model) * mean_keys
+
+
+def flops_per_token(model: ModelConfig, vocabulary: int, sequence_length: int) -> float:
+    """Training FLOPs of one token, forward and backward, by the formula at the head of this file."""
+    return 6 * matmul_parameters(model, vocabulary) + attention_flops_per_token(model, sequence_length)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Dense peak FLOP/s of one JAX device, from its `device_kind`; None where we do not know it.
+
+    A slice of a GPU (MIG) is unknown: its share depends on how it was cut.
+    """
+    if re.search(r"\bMIG\b", device_kind):
+        return None
+    names = [name for name in PEAK_FLOPS if re.match(re.escape(name) + r"(?!\w| lite)", device_kind)]
+    if not names:
+        return None
+    peaks = PEAK_FLOPS[max(names, key=len)]
+    if device_kind.startswith("TPU") and dtype == "float32":
+        dtype = "bfloat16"
+    return peaks.get(dtype)
+
+
+def mfu(flops_per_token: float | int, tokens_per_second: float | int, devices: int, peak: float | None) -> float | None:
+    """Share (0 to 1) of the devices' peak that the model's FLOPs use; None where the peak is not known."""
+    return None if peak is None else flops_per_token * tokens_per_second / (devices * peak)
+
+
+def explain(model: ModelConfig, vocabulary: int, sequence_length: int, device_kind: str, dtype: str) -> str:
+    """The arithmetic behind the MFU of a run, in one line; says so where the peak is not known."""
+    parameters = matmul_parameters(model, vocabulary)
+    attention = attention_flops_per_token(model, sequence_length)
+    total = flops_per_token(model, vocabulary, sequence_length)
+    peak = peak_flops(device_kind, dtype)
+    of_peak = (
+        f"peak {peak / 1e12:g} TFLOP/s a device ({device_kind}, {dtype}, dense)"
+        if peak
+        else f"no mfu: the peak of {device_kind!r} in {dtype} is not known"
+    )
+    return (
+        f"6 x {parameters / 1e6:.1f}M matmul parameters + {attention / 1e6:.1f} MFLOP attention (causal half) "
+        f"= {total / 1e9:.3f} GFLOP a token; {of_peak}"
+    )
+
+
+def _head_size(model: ModelConfig) -> int:
+    return model.head_size or model.embed // model.heads
+
+
+def _attention_widths(model: ModelConfig) -> tuple[int, int]:
+    """Widths of all queries and of all keys together."""
+    size = _head_size(model)
+    return model.heads * size, (model.kv_heads or model.heads) * size
+
+
+def _attention_kernels(model: ModelConfig) -> int:
+    query, kv = _attention_widths(model)
+    return model.embed * (2 * query + 2 * kv)
+
+
+def _mlp_kernels(model: ModelConfig) -> int:
+    return model.embed * model.mlp * (3 if model.gated else 2)

@@ -1,0 +1,114 @@
+"""The FLOPs of training against arithmetic by hand, the compiler's count, and the model that is really built."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.config.schema import ModelConfig
+from jaxlm.metrics.flops import (
+    attention_flops_per_token,
+    explain,
+    flops_per_token,
+    matmul_parameters,
+    mfu,
+    parameter_count,
+    peak_flops,
+)
+
+GPT2 = ModelConfig(layers=12, embed=768, heads=12, mlp=3072)
+LLAMA_8B = ModelConfig(
+    layers=32,
+    embed=4096,
+    heads=32,
+    kv_heads=8,
+    mlp=14336,
+    gated=True,
+    norm="rms",
+    positions="rotary",
+    qkv_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    tied=False,
+)
+
+
+def test_gpt2_by_hand():
+    assert parameter_count(GPT2, 50257) == 124_439_808  # the published count
+    by_hand = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 768 * 50257
+    assert matmul_parameters(GPT2, 50257) == by_hand == 123_532_032
+    assert attention_flops_per_token(GPT2, 1024) == 12 * 12 * 768 * 512
+    assert flops_per_token(GPT2, 50257, 1024) == 6 * 123_532_032 + 56_623_104 == 797_815_296
+
+
+def test_llama_8b_by_hand():
+    assert parameter_count(LLAMA_8B, 128256) == 8_030_261_248  # the published count
+    by_hand = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336) + 4096 * 128256
+    assert matmul_parameters(LLAMA_8B, 128256) == by_hand == 7_504_658_432
+    assert flops_per_token(LLAMA_8B, 128256, 8192) == 6 * by_hand + 12 * 32 * 4096 * 4096
+
+
+@pytest.mark.parametrize("window", [1, 7, 100, 256])
+def test_windows_count_the_keys_that_a_token_sees(window):
+    length = 256
+    model = ModelConfig(layers=2, embed=64, heads=4, windows=(window, 0))
+    pairs = sum(min(i + 1, window) for i in range(length)) + sum(i + 1 for i in range(length))
+    exact = 12 * 64 * pairs / length
+    ours = attention_flops_per_token(model, length)
+    assert ours == pytest.approx(exact, abs=12 * 64)  # by convention the diagonal counts half, in each of two layers
+
+
+def test_a_window_longer_than_the_sequence_changes_nothing():
+    wide = ModelConfig(windows=(4096,))
+    assert attention_flops_per_token(wide, 256) == attention_flops_per_token(ModelConfig(), 256)
+
+
+def test_six_flops_a_parameter_is_what_the_compiler_counts():
+    tokens, inputs, outputs = 32, 64, 128
+
+    def loss(w, x):
+        return (jax.nn.relu(x @ w) @ w.T).sum()  # two matmuls, whose inputs both need a gradient
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(inputs, outputs), (tokens, inputs)]]
+    cost = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile().cost_analysis()
+    assert cost["flops"] == pytest.approx(6 * tokens * 2 * inputs * outputs, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA H200", "bfloat16", 989e12),
+        ("NVIDIA H200", "float32", 494.5e12),
+        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312e12),
+        ("NVIDIA L4", "bfloat16", 121e12),
+        ("NVIDIA L40S", "bfloat16", 362e12),
+        ("NVIDIA B200", "bfloat16", 2250e12),
+        ("TPU v4", "bfloat16", 275e12),
+        ("TPU v5", "bfloat16", 459e12),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("TPU v5p", "bfloat16", 459e12),
+        ("TPU v6 lite", "bfloat16", 918e12),
+        ("TPU v6 lite", "float32", 918e12),
+        ("TPU7x", "bfloat16", 1153.5e12),
+        ("cpu", "float32", None),
+        ("NVIDIA H20", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+        ("Tesla V100-SXM2-16GB", "bfloat16", None),
+        ("TPU v4 lite", "bfloat16", None),
+    ],
+)
+def test_peak_by_device_kind(kind, dtype, peak):
+    assert peak_flops(kind, dtype) == peak
+
+
+def test_mfu():
+    assert mfu(1e9, 470e3, 1, 940e12) == pytest.approx(0.5)
+    assert mfu(1e9, 470e3, 2, 940e12) == pytest.approx(0.25)
+    assert mfu(1e9, 470e3, 1, None) is None
+
+
+def test_explain_shows_the_arithmetic_and_the_peak():
+    line = explain(GPT2, 50257, 1024, "NVIDIA H200", "bfloat16")
+    assert "6 x 123.5M" in line and "0.798 GFLOP a token" in line and "peak 989 TFLOP/s" in line
+    assert "no mfu" in explain(GPT2, 50257, 1024, "cpu", "float32")
