@@ -2,7 +2,7 @@
 
 import io
 import re
-import sys
+from contextlib import redirect_stdout
 
 import pytest
 
@@ -15,21 +15,14 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def log(monkeypatch):
-    monkeypatch.setattr("sys.stdout", io.StringIO())
-    return sys.stdout
-
-
-@pytest.fixture
 def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr("sys.stdout", Terminal())
-    return sys.stdout
+    return Terminal()
 
 
-def run(**options):
-    with Progress(20, **options) as progress:
+def run(file, **options):
+    with redirect_stdout(file), Progress(20, **options) as progress:
         for step in range(1, 21):
             progress.advance(step)
             if step % 10 == 0:
@@ -38,8 +31,9 @@ def run(**options):
         progress.say("saved [step] 20")
 
 
-def test_lines_in_a_log(log):
-    run()
+def test_lines_in_a_log():
+    log = io.StringIO()
+    run(log)
     first, second, saved = log.getvalue().splitlines()
     assert re.fullmatch(r"step 10/20  loss  8\.7500  grad  1\.000  12\.3k tokens/s  eta 0:00", first)
     assert len(first) == len(second) and second.startswith("step 20/20")
@@ -48,12 +42,12 @@ def test_lines_in_a_log(log):
 
 
 def test_a_bar_on_a_terminal(terminal):
-    run()
+    run(terminal)
     assert all(text in terminal.getvalue() for text in ("20/20", "loss  7.7500", "\x1b["))
 
 
 def test_the_terminal_is_left_in_order(terminal):
-    with pytest.raises(KeyboardInterrupt), Progress(20) as progress:
+    with pytest.raises(KeyboardInterrupt), redirect_stdout(terminal), Progress(20) as progress:
         progress.advance(1)
         raise KeyboardInterrupt
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
@@ -61,7 +55,7 @@ def test_the_terminal_is_left_in_order(terminal):
 
 
 def test_other_processes_are_silent(terminal):
-    run(show=False)
+    run(terminal, show=False)
     assert not terminal.getvalue()
 
 
