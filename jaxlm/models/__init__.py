@@ -1,0 +1,1 @@
+"""What is trained: layers, attention, blocks, stacks. Sees neither data nor optimizers."""

@@ -1,0 +1,160 @@
+"""A block: attention and feed-forward, each added to the residual stream.
+
+Legend: B batch, T query length, S key length, D embed, N query heads, K kv heads, H head size.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxlm.config.schema import ModelConfig
+from jaxlm.models.attention import attend
+from jaxlm.models.layers import Identity, Linear, Mlp, Norm, dropout
+from jaxlm.models.rope import Rotation, rotate
+from jaxlm.models.runtime import Runtime
+
+
+class Tokens(NamedTuple):
+    """Where each query and each key stands; keys are the queries themselves, or a cache that holds them."""
+
+    positions_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"]
+    kv_positions_BS: Int[Array, "B S"]
+    kv_segments_BS: Int[Array, "B S"]
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, and the slot at which the next ones are written."""
+
+    k_BSKH: Float[Array, "B S K H"]
+    v_BSKH: Float[Array, "B S K H"]
+    start: Int[Array, ""]
+
+    def append(self, k: jax.Array, v: jax.Array) -> "LayerCache":
+        at = (jnp.zeros_like(self.start), self.start, jnp.zeros_like(self.start), jnp.zeros_like(self.start))
+        return self._replace(
+            k_BSKH=jax.lax.dynamic_update_slice(self.k_BSKH, k.astype(self.k_BSKH.dtype), at),
+            v_BSKH=jax.lax.dynamic_update_slice(self.v_BSKH, v.astype(self.v_BSKH.dtype), at),
+        )
+
+
+def head_size(config: ModelConfig) -> int:
+    return config.head_size or config.embed // config.heads
+
+
+def kv_heads(config: ModelConfig) -> int:
+    return config.kv_heads or config.heads
+
+
+class Attention(nnx.Module):
+    """Multi-head, grouped-query (Ainslie et al. 2023) or multi-query self-attention."""
+
+    def __init__(self, rngs, config: ModelConfig):
+        embed, heads, kv, size = config.embed, config.heads, kv_heads(config), head_size(config)
+        std, bias = embed**-0.5, config.qkv_bias
+        self.config = config
+        self.query = Linear(rngs, (embed, heads, size), ("embed", "heads", None), bias=bias, std=std)
+        # A constant added to every key shifts all logits of a query alike, which softmax ignores: without rotation,
+        # norm or cap in between, the key bias has gradient zero, and what rounding makes of it Adam would amplify.
+        constant = config.positions != "rotary" and config.qk_norm == "none" and config.attention_softcap is None
+        self.key = Linear(
+            rngs, (embed, kv, size), ("embed", "kv_heads", None), bias=bias, std=std, learn_bias=not constant
+        )
+        self.value = Linear(rngs, (embed, kv, size), ("embed", "kv_heads", None), bias=bias, std=std)
+        self.output = Linear(
+            rngs,
+            (heads, size, embed),
+            ("heads", None, "embed"),
+            inputs=2,
+            bias=config.output_bias,
+            std=(heads * size) ** -0.5 / math.sqrt(2 * config.layers),
+        )
+        if config.qk_norm == "head":
+            self.query_norm = Norm(rngs, config, size=size, kind="rms", dim=None)
+            self.key_norm = Norm(rngs, config, size=size, kind="rms", dim=None)
+        elif config.qk_norm == "projection":
+            self.query_norm = Norm(rngs, config, size=heads * size, kind="rms", dim=None)
+            self.key_norm = Norm(rngs, config, size=kv * size, kind="rms", dim=None)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        tokens: Tokens,
+        runtime: Runtime,
+        *,
+        window: int,
+        turn: Rotation | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        config, layout = self.config, runtime.layout
+        q = layout.constrain(self.query(x_BTD, runtime), "batch", "sequence", "heads", None)
+        k = layout.constrain(self.key(x_BTD, runtime), "batch", "sequence", "kv_heads", None)
+        v = layout.constrain(self.value(x_BTD, runtime), "batch", "sequence", "kv_heads", None)
+        if config.qk_norm == "head":
+            q, k = self.query_norm(q, runtime), self.key_norm(k, runtime)
+        elif config.qk_norm == "projection":
+            q = self.query_norm(q.reshape(*q.shape[:2], -1), runtime).reshape(q.shape)
+            k = self.key_norm(k.reshape(*k.shape[:2], -1), runtime).reshape(k.shape)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        if cache is not None:
+            cache = cache.append(k, v)
+            k, v = cache.k_BSKH.astype(q.dtype), cache.v_BSKH.astype(q.dtype)
+        o_BTNH = attend(
+            q,
+            k,
+            v,
+            q_segments_BT=tokens.segments_BT,
+            kv_segments_BS=tokens.kv_segments_BS,
+            q_positions_BT=tokens.positions_BT,
+            kv_positions_BS=tokens.kv_positions_BS,
+            scale=config.query_scale or head_size(config) ** -0.5,
+            window=window,
+            softcap=config.attention_softcap,
+            backend=runtime.attention,
+            mesh=layout.mesh,
+        )
+        o_BTNH = checkpoint_name(o_BTNH, "attention_heads")
+        return self.output(o_BTNH, runtime), cache
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the norms stand before, after or around each."""
+
+    def __init__(self, rngs, config: ModelConfig):
+        self.rate = config.dropout
+
+        def norm(wanted: bool) -> nnx.Module:
+            return Norm(rngs, config, size=config.embed) if wanted else Identity()
+
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        self.attention_norm, self.attention_post_norm = norm(before), norm(after)
+        self.attention = Attention(rngs, config)
+        self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
+        self.mlp = Mlp(rngs, config)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        runtime: Runtime,
+        *,
+        window: int = 0,
+        turn: Rotation | None = None,
+        cache: LayerCache | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        a, cache = self.attention(
+            self.attention_norm(x, runtime), tokens, runtime, window=window, turn=turn, cache=cache
+        )
+        a = checkpoint_name(a, "attention_out")
+        x = x + dropout(self.attention_post_norm(a, runtime), self.rate, keys[0])
+        m = checkpoint_name(self.mlp(self.mlp_norm(x, runtime), runtime), "mlp_out")
+        x = x + dropout(self.mlp_post_norm(m, runtime), self.rate, keys[1])
+        return runtime.layout.constrain(x, "batch", "sequence", None), cache

@@ -1,0 +1,100 @@
+"""A model as plain functions of a plain tree of parameters: NNX describes it once, here, and is not seen again."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.config.errors import UserError
+from jaxlm.config.schema import ModelConfig
+from jaxlm.models.decoder import Cache, Decoder
+from jaxlm.models.runtime import Runtime
+from jaxlm.parallel.rules import Dims
+
+Params = dict[str, Any]
+"""Nested dict of arrays; the blocks' are stacked on a leading `layers` dim."""
+
+VOCABULARY_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this, so that it divides over `tp` and fills the matrix units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A decoder of one configuration."""
+
+    config: ModelConfig
+    vocabulary: int
+    """Token ids in use; the tables have `padded_vocabulary` rows."""
+    graph: Any
+    abstract: Params
+    """Shape and dtype of each parameter."""
+    dims: dict[str, Any]
+    """Logical dims of each parameter, as a tree like `abstract` of tuples."""
+
+    @property
+    def padded_vocabulary(self) -> int:
+        return padded(self.vocabulary)
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters; run under jit with `out_shardings`, they are born sharded."""
+        return nnx.to_pure_dict(nnx.split(Decoder(nnx.Rngs(params=key), self.config, self.padded_vocabulary))[1])
+
+    def hidden(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
+        """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`."""
+        decoder = nnx.merge(self.graph, params)
+        return decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, key=key)[0]
+
+    def decode(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, cache: Cache):
+        """As `hidden`, with the keys and values of earlier calls in `cache`; returns the cache too."""
+        decoder = nnx.merge(self.graph, params)
+        return decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, cache=cache)
+
+    def output_matrix(self, params: Params, runtime: Runtime) -> tuple[jax.Array, bool]:
+        """The output layer's weights, and whether they stand as [V, D] (tied) rather than [D, V]."""
+        return nnx.merge(self.graph, params).output_matrix(runtime)
+
+    def logits(self, params: Params, x_BTD: jax.Array, runtime: Runtime) -> jax.Array:
+        """float32 logits [B, T, vocabulary] of hidden states: for generation; training never makes them whole."""
+        matrix, transposed = self.output_matrix(params, runtime)
+        flat = x_BTD.reshape(-1, x_BTD.shape[-1])
+        logits = jnp.matmul(flat, matrix.T if transposed else matrix, preferred_element_type=jnp.float32)
+        if cap := self.config.logit_softcap:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits.reshape(*x_BTD.shape[:-1], -1)[..., : self.vocabulary]
+
+
+def padded(vocabulary: int) -> int:
+    """`vocabulary` rounded up to the multiple that the tables are made with."""
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def build(config: ModelConfig, tokenizer_vocabulary: int | None) -> Model:
+    """Describe the model without making an array.
+
+    Args:
+        config: the decoder.
+        tokenizer_vocabulary: ids of the data's tokenizer; None where there is no data (a dry run of a recipe).
+
+    Raises:
+        UserError: the model's vocabulary is smaller than the tokenizer's, or neither is known.
+    """
+    vocabulary = config.vocabulary or tokenizer_vocabulary
+    if vocabulary is None:
+        raise UserError("model.vocabulary is not set and there is no tokenizer to take it from; set --model.vocabulary")
+    if tokenizer_vocabulary is not None and vocabulary < tokenizer_vocabulary:
+        raise UserError(
+            f"model.vocabulary {vocabulary} is smaller than the tokenizer's {tokenizer_vocabulary}; "
+            "raise --model.vocabulary or leave it out"
+        )
+    abstract = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), config, padded(vocabulary)))
+    graph, state = nnx.split(abstract)
+    dims: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(state):
+        own: Dims = variable.get_metadata()["dims"]
+        node = dims
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = ("layers", *own) if path[0] == "blocks" else own
+    return Model(config=config, vocabulary=vocabulary, graph=graph, abstract=nnx.to_pure_dict(state), dims=dims)

@@ -1,0 +1,60 @@
+"""How a model is computed, as opposed to what it is: devices, number formats, kernels, what is recomputed."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlm.parallel.rules import Layout
+
+GATHERED = "gathered"
+"""Name of the copies of parameters that `Runtime.use` makes: rematerialisation never keeps them for the backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Settings that leave the mathematics alone."""
+
+    layout: Layout
+    attention: str = "xla"
+    """Backend of `models.attention.attend`."""
+    dtype: jnp.dtype = jnp.dtype("float32")
+    """Of matmuls and activations."""
+    remat: str = "none"
+    """Policy of `models.remat`."""
+
+    def use(self, parameter: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array:
+        """A parameter as a computation wants it: in the compute dtype, and whole where `fsdp` cuts it.
+
+        The cast comes first, so that what travels is small; the gradient goes back to the parameter's own sharding
+        and dtype at once (a reduce-scatter where `fsdp` cuts it).
+        """
+        value = parameter[...]
+        dims = parameter.get_metadata()["dims"]
+        cast = jnp.dtype(dtype or self.dtype)
+        if not any(dim == "embed" and self.layout.axis_size(dim) > 1 for dim in dims):
+            return value if value.dtype == cast else checkpoint_name(value.astype(cast), GATHERED)
+        return checkpoint_name(_gather(self.layout, dims, cast, value), GATHERED)
+
+    @property
+    def copies_parameters(self) -> bool:
+        """Whether `use` makes copies that the backward pass should make again rather than keep."""
+        return self.dtype != jnp.float32 or self.layout.axis_size("embed") > 1
+
+
+def _gather(layout: Layout, dims: tuple[str | None, ...], dtype: jnp.dtype, value: jax.Array) -> jax.Array:
+    whole = tuple(None if dim == "embed" else dim for dim in dims)
+
+    @jax.custom_vjp
+    def gather(value: jax.Array) -> jax.Array:
+        return layout.constrain(value.astype(dtype), *whole)
+
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        # Whole first: else the sharding asked for spreads back into the scatter of an embedding's gradient, which the
+        # partitioner then can only do on replicated activations.
+        return (layout.constrain(layout.constrain(gradient, *whole), *dims).astype(value.dtype),)
+
+    gather.defvjp(lambda value: (gather(value), None), backward)
+    return gather(value)

@@ -1,0 +1,132 @@
+"""The collectives of a compiled step, read from its HLO: kind, how often, how many bytes, over which mesh axes."""
+
+import itertools
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.parallel.rules import FLAG
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:to_apply|body|condition|calls|branch_computations)=\{?%?([\w.\-]+(?:, ?%?[\w.\-]+)*)\}?")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All collectives of one kind over the same mesh axes in one execution of the program."""
+
+    kind: str
+    axes: str
+    count: int
+    """Executions on one device; those inside a loop counted as often as it turns."""
+    bytes: int
+    """Bytes of their results on one device, summed over the executions."""
+
+
+def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
+    """Read the collectives of `hlo` (`compiled.as_text()`), largest first.
+
+    A loop whose trip count XLA does not state is counted once.
+    """
+    runs = _executions(hlo)
+    total: dict[tuple[str, str], tuple[int, int]] = {}
+    for computation, line in _lines(hlo):
+        match = _INSTRUCTION.match(line)
+        if not match:
+            continue
+        kind = match[2].removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        times = runs.get(computation, 1)
+        key = (kind, _axes(line, mesh))
+        count, size = total.get(key, (0, 0))
+        total[key] = (count + times, size + times * _result_bytes(match[1], is_async=match[2].endswith("-start")))
+    rows = [Collective(kind=k, axes=a, count=c, bytes=b) for (k, a), (c, b) in total.items()]
+    return sorted(rows, key=lambda row: -row.bytes)
+
+
+def _lines(hlo: str):
+    """Each instruction line with the computation it stands in."""
+    computation = ""
+    for line in hlo.splitlines():
+        header = _COMPUTATION.match(line)
+        if header and " = " not in line.split("{")[0]:
+            computation = header[1]
+        else:
+            yield computation, line
+
+
+def _executions(hlo: str) -> dict[str, int]:
+    """How often each computation runs in one execution of the program."""
+    calls: dict[str, list[tuple[str, int]]] = {}
+    entry = ""
+    for line in hlo.splitlines():
+        if line.startswith("ENTRY"):
+            entry = _COMPUTATION.match(line)[1]  # type: ignore[index]
+    for computation, line in _lines(hlo):
+        trips = _TRIPS.search(line)
+        times = int(trips[1]) if trips and " while(" in line else 1
+        for names in _CALLED.findall(line):
+            for name in names.replace("%", "").split(","):
+                calls.setdefault(computation, []).append((name.strip(), times))
+    runs: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        runs[name] = runs.get(name, 0) + times
+        for called, turns in calls.get(name, ()):
+            visit(called, times * turns)
+
+    visit(entry, 1)
+    return runs
+
+
+def _result_bytes(result: str, *, is_async: bool) -> int:
+    arrays = [
+        int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64)) * BYTES.get(dtype, 4)
+        for dtype, shape in _ARRAY.findall(result)
+    ]
+    # The start of an asynchronous collective returns its operands beside its results.
+    return sum(arrays[len(arrays) // 2 :]) if is_async else sum(arrays)
+
+
+def _axes(line: str, mesh: Mesh) -> str:
+    """The mesh axes (command-line names) along which the groups of a collective run."""
+    groups = _groups(line, mesh.size)
+    if groups is None:
+        return "all"
+    wanted = {frozenset(group) for group in groups if len(group) > 1}
+    if not wanted:
+        return "none"
+    ids = np.arange(mesh.size).reshape(mesh.devices.shape)
+    names = [(i, axis) for i, axis in enumerate(mesh.axis_names) if mesh.shape[axis] > 1]
+    for count in range(1, len(names) + 1):
+        for chosen in itertools.combinations(names, count):
+            moved = np.moveaxis(ids, [i for i, _ in chosen], range(-count, 0))
+            size = int(np.prod([mesh.shape[axis] for _, axis in chosen]))
+            found = {frozenset(row) for row in moved.reshape(-1, size).tolist()}
+            if found == wanted or ("source_target_pairs" in line and all(any(w <= f for f in found) for w in wanted)):
+                return "+".join(FLAG[axis] for _, axis in chosen)
+    return "other"
+
+
+def _groups(line: str, devices: int) -> list[list[int]] | None:
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", line)
+    explicit = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if pairs or explicit:
+        text = (pairs or explicit)[1]  # type: ignore[index]
+        return [[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d,]*)\}", text)]
+    if iota:
+        ids = np.arange(devices).reshape([int(n) for n in iota[3].split(",")])
+        if iota[4]:
+            ids = ids.transpose([int(n) for n in iota[4].split(",")])
+        return ids.reshape(int(iota[1]), int(iota[2])).tolist()
+    return None

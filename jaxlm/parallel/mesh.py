@@ -1,0 +1,83 @@
+"""From a mesh spec to the devices: simulates CPU devices, joins other processes, orders devices by network."""
+
+import os
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxlm.config.errors import UserError
+from jaxlm.config.mesh_spec import AXES, BUILT, MeshSpec
+
+
+def build(
+    spec: MeshSpec,
+    *,
+    simulate: bool = True,
+    distributed: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
+) -> tuple[Mesh, MeshSpec]:
+    """Make the device mesh of a run. Must be the process's first use of JAX devices where CPU devices are simulated.
+
+    Args:
+        spec: sizes by axis; an inferred size becomes the rest of the devices.
+        simulate: on a CPU host, simulate as many devices as `spec` asks for.
+        distributed: join the other processes through `jax.distributed` first.
+        announce: told in one line what was done on the caller's behalf.
+
+    Returns:
+        The mesh (all seven axes, named as in `AXES`, outermost first) and the resolved spec.
+
+    Raises:
+        UserError: the sizes do not multiply to the devices there are, or an axis cannot train yet.
+    """
+    refuse_unbuilt(spec)
+    if distributed:
+        _join_processes()
+    elif simulate:
+        _simulate(spec.device_count)
+    devices = jax.devices()
+    if simulate and devices[0].platform == "cpu" and spec.device_count < len(devices) and not spec.inferred:
+        devices = devices[: spec.device_count]
+    resolved = spec.resolve(len(devices))
+    if simulate and devices[0].platform == "cpu" and len(devices) > 1 and not distributed:
+        announce(f"simulating {len(devices)} devices on this CPU host for mesh {resolved} (--no-simulate to forbid)")
+    return from_devices(resolved, devices), resolved
+
+
+def from_devices(spec: MeshSpec, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of `spec` (every size known) over `devices`; JAX places the inner axes on the fastest links."""
+    # Explicit axis types, JAX's default, reject optax.adafactor and gathers over sharded dims.
+    return jax.make_mesh(
+        tuple(spec.sizes.values()), tuple(AXES.values()), axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def refuse_unbuilt(spec: MeshSpec) -> None:
+    """Raise on an axis of size > 1 that training does not support yet."""
+    for axis, size in spec.sizes.items():
+        if size != 1 and axis not in BUILT:
+            raise UserError(
+                f"mesh {spec}: axis {axis!r} ({AXES[axis]}) cannot train yet; use {', '.join(BUILT)} (--mesh)"
+            )
+
+
+def _simulate(count: int) -> None:
+    """Ask the CPU backend, if that is what this host turns out to have, for `count` devices."""
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if count > 1 and not forced:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:
+            pass  # devices are in use already: their number stands, and `resolve` compares it
+
+
+def _join_processes() -> None:
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"jax.distributed found no other processes ({reason}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID, or run under SLURM, or drop --distributed"
+        ) from error

@@ -1,0 +1,129 @@
+"""Optimizers as chains of named optax transforms, and learning-rate schedules."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from jaxlm.config.schema import OptimizerConfig
+
+MATRICES = ("kernel", "embedding")
+"""Parameter names that weight decay applies to; position tables (under `positions`) are spared."""
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step (0-based): linear warmup to the peak, then the configured shape over the rest of `steps`."""
+    peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
+    rest = max(steps - warmup, 1)
+    cooldown = max(round(config.decay_fraction * steps), 1)
+    final = config.final_fraction
+    after: optax.Schedule = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, peak * final, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=final),
+        "wsd": optax.linear_schedule(peak, peak * final, cooldown, transition_begin=max(rest - cooldown, 0)),
+        "inverse_sqrt": lambda step: peak * jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
+    }[config.schedule]
+    if warmup:
+        # The first step already learns: warmup counts 1/w, 2/w, ..., 1.
+        rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+        after = optax.join_schedules([rise, after], [warmup])
+
+    def rate(step: jax.Array) -> jax.Array:
+        with _optax_promotion():
+            return jnp.asarray(after(step), jnp.float32)
+
+    return rate
+
+
+def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The update rule: clip, precondition, decay, step.
+
+    Sources: AdamW (Loshchilov and Hutter 2019), Adafactor (Shazeer and Stern 2018, without parameter scaling, so that
+    `learning_rate` means what it means for AdamW), Lion (Chen et al. 2023), Muon (Jordan et al. 2024; embeddings,
+    output layer, norms and biases go to AdamW), SGD with momentum.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    chain = optax.chain(
+        clip,
+        _precondition(config),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule(config, steps)),
+    )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with _optax_promotion():
+            return chain.update(updates, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
+
+
+@contextmanager
+def _optax_promotion() -> Iterator[None]:
+    """optax mixes its integer counters with floats, which the strict promotion that our tests run under refuses."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def decayed(params: Any) -> Any:
+    """True for each parameter that weight decay applies to."""
+
+    def is_matrix(path: tuple, _: Any) -> bool:
+        names = [key.key for key in path]
+        return names[-1] in MATRICES and "positions" not in names
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
+    if config.name == "adamw":
+        return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.name == "lion":
+        return optax.scale_by_lion(config.beta1, config.beta2)
+    if config.name == "sgd":
+        return optax.trace(config.beta1)
+    if config.name == "adafactor":
+        return _by_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
+    return contrib.muon(
+        learning_rate=-1.0,  # the chain scales by the (negated) learning rate
+        beta=config.beta1,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        muon_weight_dimension_numbers=_matrix_dims,
+        # Updates of AdamW's size, so that one learning rate serves both parts (Liu et al. 2025).
+        consistent_rms=0.2,
+    )
+
+
+def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` with each layer of the stacked blocks seen as arrays of its own: what it factors and averages is a matrix."""
+
+    def init(params: Any) -> Any:
+        return jax.vmap(rule.init)(params)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.vmap(rule.update)(updates, state, params)
+
+    return optax.partition(
+        {"layers": optax.GradientTransformation(init, update), "rest": rule},
+        lambda params: {name: "layers" if name == "blocks" else "rest" for name in params},
+    )
+
+
+def _matrix_dims(params: Any) -> Any:
+    """For Muon: which dims of a stacked block kernel are the matrix's rows and columns; None leaves it to AdamW."""
+
+    def dims(path: tuple, leaf: Any) -> contrib.MuonDimensionNumbers | None:
+        names = [key.key for key in path]
+        if names[0] != "blocks" or names[-1] != "kernel":
+            return None
+        inputs = 2 if names[-2] == "output" else 1
+        return contrib.MuonDimensionNumbers(
+            reduction_axis=tuple(range(1, 1 + inputs)), output_axis=tuple(range(1 + inputs, leaf.ndim))
+        )
+
+    return jax.tree_util.tree_map_with_path(dims, params)

@@ -1,0 +1,201 @@
+"""The train step: (state, batch) -> (state, metrics), one pure function compiled once.
+
+Legend: B batch, T length, D embed, V vocabulary, M microbatches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm.config.schema import RunConfig
+from jaxlm.models.build import Model
+from jaxlm.models.runtime import Runtime
+from jaxlm.train.loss import cross_entropy
+from jaxlm.train.state import State, StatePlan
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+BATCH_DTYPES = {
+    "tokens": "int32",
+    "targets": "int32",
+    "segment_ids": "int32",
+    "positions": "int32",
+    "loss_mask": "float32",
+}
+"""The arrays of a batch, [B, T] each; `data.loader` makes them."""
+
+SCALE_GROWTH_STEPS = 1000
+"""Finite steps after which a dynamic loss scale doubles."""
+
+
+def abstract_batch(config: RunConfig, runtime: Runtime) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of each array of a batch."""
+    sharding = runtime.layout.sharding(("batch", "sequence"))
+    shape = (config.data.batch_size, config.data.sequence_length)
+    return {k: jax.ShapeDtypeStruct(shape, jnp.dtype(d), sharding=sharding) for k, d in BATCH_DTYPES.items()}
+
+
+def loss_sums(
+    model: Model,
+    params: Any,
+    batch: Batch,
+    runtime: Runtime,
+    config: RunConfig,
+    *,
+    key: jax.Array | None = None,
+    plain: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss summed over the counted tokens, and their number (float32 scalars).
+
+    Args:
+        key: of dropout; None in evaluation.
+        plain: cross-entropy alone, without z-loss and label smoothing (what evaluation reports).
+    """
+    x_BTD = model.hidden(params, batch, runtime, key)
+    matrix, transposed = model.output_matrix(params, runtime)
+    return cross_entropy(
+        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        matrix,
+        batch["targets"].reshape(-1),
+        batch["loss_mask"].reshape(-1),
+        vocabulary=model.vocabulary,
+        chunk=config.train.loss_chunk,
+        z_loss=0.0 if plain else config.train.z_loss,
+        label_smoothing=0.0 if plain else config.train.label_smoothing,
+        softcap=model.config.logit_softcap,
+        transposed=transposed,
+        shards=runtime.layout.axis_size("vocab"),
+    )
+
+
+def gradients(
+    model: Model,
+    params: Any,
+    batch: Batch,
+    runtime: Runtime,
+    config: RunConfig,
+    *,
+    key: jax.Array | None = None,
+    scale: jax.Array | float = 1.0,
+    shardings: Any,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """Gradients of the mean loss (each token counted once, however the batch is cut), the loss sum and the token count.
+
+    With microbatches, gradients are accumulated in float32 where `shardings` puts them. `scale` multiplies the loss
+    of the backward pass and is divided out again: what float16 needs to keep small gradients.
+    """
+    parts = config.train.microbatches
+    capacity = batch["tokens"].size  # keeps the backward pass of a sum near the scale of a mean
+
+    def scaled_loss(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        total, count = loss_sums(model, params, part, runtime, config, key=key)
+        return total * (scale / capacity), (total, count)
+
+    def one(part: Batch, key: jax.Array | None) -> tuple[Any, jax.Array, jax.Array]:
+        grads, (total, count) = jax.grad(scaled_loss, has_aux=True)(params, part, key)
+        return jax.lax.with_sharding_constraint(grads, shardings), total, count
+
+    if parts == 1:
+        grads, total, count = one(batch, key)
+    else:
+        batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
+
+        def accumulate(sums: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            part, index = x
+            new = one(part, None if key is None else jax.random.fold_in(key, index))
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
+
+        zeros = jax.tree.map(lambda p, s: jnp.zeros(p.shape, jnp.float32, device=s), params, shardings)
+        start = (zeros, jnp.float32(0), jnp.float32(0))
+        (grads, total, count), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(parts)))
+    rescale = capacity / (jnp.maximum(count, 1.0) * scale)
+    return jax.tree.map(lambda g, p: (g * rescale.astype(g.dtype)).astype(p.dtype), grads, params), total, count
+
+
+def _microbatches(x: jax.Array, parts: int, runtime: Runtime) -> jax.Array:
+    """[B, T] to [M, B / M, T] without moving a row between devices: microbatch m takes every M-th row from row m."""
+    split = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    return runtime.layout.constrain(split, None, "batch", "sequence")
+
+
+def train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: RunConfig,
+    runtime: Runtime,
+    plan: StatePlan,
+) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """The pure step. A step whose loss or gradient is not finite changes nothing but the counters."""
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        params, scale = state["params"], state.get("loss_scale", {}).get("scale", 1.0)
+        key = None
+        if model.config.dropout:
+            key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state["step"])
+        grads, total, count = gradients(
+            model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients
+        )
+        norm = optax.global_norm(grads)
+        loss = total / jnp.maximum(count, 1.0)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
+        tried = {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
+        kept = {name: state[name] for name in tried}
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), tried, kept)
+        bad = jnp.where(finite, 0, 1)
+        new["step"] = state["step"] + 1
+        new["skipped"] = state["skipped"] + bad
+        new["streak"] = (state["streak"] + 1) * bad
+        if "loss_scale" in state:
+            new["loss_scale"] = _next_scale(state["loss_scale"], finite)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": schedule(state["step"] - state["skipped"]),
+            "tokens": count,
+            "skipped_steps": new["skipped"],
+            "streak": new["streak"],
+        }
+        return new, metrics
+
+    return step
+
+
+def _next_scale(scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
+    """Halve on overflow; double after a run of finite steps (Micikevicius et al. 2018)."""
+    grown = scale["good_steps"] + 1 >= SCALE_GROWTH_STEPS
+    up = jnp.where(grown, jnp.minimum(scale["scale"] * 2, 2.0**24), scale["scale"])
+    return {
+        "scale": jnp.where(finite, up, jnp.maximum(scale["scale"] / 2, 1.0)),
+        "good_steps": jnp.where(finite & ~grown, scale["good_steps"] + 1, 0),
+    }
+
+
+def compile_step(
+    step: Callable[[State, Batch], tuple[State, Metrics]], plan: StatePlan, batch: dict[str, jax.ShapeDtypeStruct]
+) -> jax.stages.Compiled:
+    """Compile the step ahead of time, donating the state. The result cannot recompile: other shapes are an error."""
+    mesh = jax.tree.leaves(plan.abstract)[0].sharding.mesh
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(plan.shardings, NamedSharding(mesh, PartitionSpec())),
+    )
+    return jitted.lower(plan.abstract, batch).compile()
+
+
+def eval_step(model: Model, config: RunConfig, runtime: Runtime) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """(params, batch, byte_lengths [V]) -> summed cross-entropy in nats, counted tokens, bytes of text they stand for."""
+
+    def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        total, count = loss_sums(model, params, batch, runtime, config, plain=True)
+        size = (byte_lengths[batch["targets"]].astype(jnp.float32) * batch["loss_mask"]).sum()
+        return total, count, size
+
+    return jax.jit(step)
