@@ -5,6 +5,7 @@ Axes stand outermost (slowest network) first; the right-hand names are those of 
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -64,7 +65,7 @@ def nearest(spec: MeshSpec, device_count: int) -> MeshSpec:
     """The mesh on `device_count` devices whose sizes stand nearest (in ratio) to those asked for."""
     asked = [a for a, n in spec.sizes.items() if n != 1] or ["dp"]
 
-    def candidates(axes: list[str], devices: int):
+    def candidates(axes: list[str], devices: int) -> Iterator[dict[str, int]]:
         if len(axes) == 1:
             yield {axes[0]: devices}
             return

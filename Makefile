@@ -1,0 +1,73 @@
+# Needs only make and Python 3.11 or newer, and uses uv where it is installed.
+#
+#   make train                 the environment, the install, and a small model on 8 simulated devices
+#   make train ARGS="--train.steps=50 --run=runs/short"
+#   make test                  the default test suite; TESTS=tests/data runs a part of it
+#   make PYTHON=python3.12 VENV=.venv-3.12 test
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+TESTS ?= tests
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow lint types coverage benchmarks clean
+
+help:
+	@sed -n 's/^#  *make /  make /p' Makefile
+	@echo "  make test-slow | lint | types | coverage | benchmarks | clean"
+
+train: $(VENV)/.has-core
+	$(BIN)/python -m jaxlm.train --mesh=dp4,tp2 $(ARGS)
+
+test: $(VENV)/.has-test
+	$(PYTEST) -m "not slow" $(TESTS) $(ARGS)
+
+test-slow: $(VENV)/.has-test
+	$(PYTEST) -m slow $(TESTS) $(ARGS)
+
+lint: $(VENV)/.has-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.has-dev
+	$(BIN)/mypy
+
+coverage: $(VENV)/.has-test
+	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html $(TESTS) $(ARGS)
+
+benchmarks: $(VENV)/.has-test
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+clean:  # leaves runs/ alone
+	rm -rf .venv .venv-* build *.egg-info htmlcov .coverage* .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find jaxlm tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment is made with the first Python that is new enough, or with PYTHON where that is given.
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "Making $(VENV) with $$($$python -V)"; \
+	    if command -v uv >/dev/null; then exec uv venv --quiet --clear --python "$$(command -v $$python)" $(VENV); fi; \
+	    exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "error: jaxlm needs Python 3.11 or newer, and $(or $(PYTHON),python3) is not; use make PYTHON=python3.12" >&2; \
+	exit 1
+
+# What is installed is recorded in a file, so that a second make does nothing until pyproject.toml changes.
+EXTRA_core :=
+EXTRA_test := [test]
+EXTRA_dev := [dev]
+$(VENV)/.has-%: pyproject.toml | $(BIN)/python
+	@echo "Installing jaxlm$(EXTRA_$*) into $(VENV)"
+	@if command -v uv >/dev/null; then \
+	  uv pip install --quiet --python $(BIN)/python -e '.$(EXTRA_$*)'; \
+	else \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(EXTRA_$*)'; \
+	fi
+	@touch $@
