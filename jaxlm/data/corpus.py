@@ -45,7 +45,7 @@ class Split:
 
     def read(self, start: int, stop: int, out: Int32[np.ndarray, "n"]) -> None:
         """Copy tokens [start, stop) of the stream into `out`."""
-        run = int(np.searchsorted(self._run_starts, start, "right")) - 1
+        run = int(self._run_starts.searchsorted(start, "right")) - 1
         done = 0
         while done < stop - start:
             end = min(stop, int(self._run_stops[run]))
@@ -56,7 +56,7 @@ class Split:
 
     def file_of(self, token: int) -> Path:
         """The shard file that holds token number `token` of the stream."""
-        run = int(np.searchsorted(self._run_starts, token, "right")) - 1
+        run = int(self._run_starts.searchsorted(token, "right")) - 1
         return self.folder.file_of(token + int(self._run_offsets[run]))
 
     def counts(self) -> Int64[np.ndarray, "V"]:

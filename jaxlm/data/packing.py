@@ -39,10 +39,12 @@ class Packing:
             start, length = int(self._starts[piece]), int(self._lengths[piece])
             into = tokens[written : written + length]
             self.split.read(start, start + length, into)
-            self.split.folder.check_ids(int(into.max()), self.split.file_of(start))
+            largest = int(into.argmax())
+            if into[largest] >= self.split.folder.vocabulary:
+                self.split.folder.check_ids(int(into[largest]), self.split.file_of(start + largest))
             starts[written] = True
             if self._cuts_documents:
-                first, last = np.searchsorted(self.split.ends, (start, start + length - 1), "right")
+                first, last = self.split.ends.searchsorted((start, start + length - 1), "right")
                 starts[self.split.ends[first:last] - start] = True
             written += length
         return written

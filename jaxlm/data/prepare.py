@@ -9,6 +9,7 @@ nothing that does: workers start fast.
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -96,7 +97,7 @@ def train_bpe(inputs: Sequence[Source], text_key: str, vocabulary: int) -> Token
     return tokenizers.train_bpe((text for i, text in enumerate(texts) if i % every == 0), vocabulary)
 
 
-def _lock(staging: Path, output: Path) -> IO[str] | None:
+def _lock(staging: Path, output: Path) -> io.TextIOBase | None:
     """The lock of `staging`, once it is ours, or None where `output` is there: one process at a time prepares a folder.
     The system frees the lock of a killed one."""
     while not output.exists():

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from jaxlm.config.errors import UserError
 
@@ -108,7 +107,7 @@ def _documents(source: Source, text_key: str, tally: Counter[str]) -> Iterator[s
             raise UserError(f"{source.path} is truncated or damaged ({error}); fetch it again") from None
 
 
-def _text(source: Source, file: IO[str]) -> Iterator[str]:
+def _text(source: Source, file: io.TextIOBase) -> Iterator[str]:
     """One document a file, but: SEPARATOR ends one in a .txt file, and a very long one (the only file of a corpus: a
     long one, for else nothing could be held out) is cut at a line end, because documents are held in memory whole."""
     longest = ALONE_LONGEST if source.alone else LONGEST
@@ -126,7 +125,7 @@ def _text(source: Source, file: IO[str]) -> Iterator[str]:
     yield rest
 
 
-def _jsonl(source: Source, file: IO[str], text_key: str) -> Iterator[str]:
+def _jsonl(source: Source, file: io.TextIOBase, text_key: str) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -173,18 +172,18 @@ def _mended(text: str) -> str:
     return text
 
 
-def _decompressed(source: Source, file: IO[bytes]) -> io.BufferedReader:
+def _decompressed(source: Source, file: io.BufferedReader) -> io.BufferedReader:
     if source.name.endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(fileobj=file))
     if source.name.endswith(".zst"):
         return io.BufferedReader(_Zstd(source, file), 2**20)
-    return io.BufferedReader(file)  # type: ignore[arg-type]
+    return file
 
 
 class _Zstd(io.RawIOBase):
     """Decompressed bytes of a .zst file; unlike zstandard's own reader, a truncated file is an error, not an end."""
 
-    def __init__(self, source: Source, file: IO[bytes]):
+    def __init__(self, source: Source, file: io.BufferedReader):
         try:
             import zstandard
         except ImportError:

@@ -81,7 +81,7 @@ class TokenFolder:
 
     def read(self, start: int, stop: int, out: Int32[np.ndarray, "n"]) -> None:
         """Copy tokens [start, stop) into `out`."""
-        shard = int(np.searchsorted(self._shard_starts, start, "right")) - 1
+        shard = int(self._shard_starts.searchsorted(start, "right")) - 1
         done = 0
         while done < stop - start:
             first = start + done - self._shard_starts[shard]
@@ -92,7 +92,7 @@ class TokenFolder:
 
     def file_of(self, token: int) -> Path:
         """The shard file that holds token number `token`."""
-        shard = int(np.searchsorted(self._shard_starts, token, "right")) - 1
+        shard = int(self._shard_starts.searchsorted(token, "right")) - 1
         return self.path / f"{self.shards[shard].name}.tokens"
 
     def verify(self, announce: Callable[[str], None] = lambda line: None) -> None:
@@ -114,7 +114,7 @@ class TokenFolder:
 
     def _map(self, shard: Shard) -> np.ndarray:
         path = _checked(self.path, shard, "tokens", shard.tokens * self.dtype.itemsize)
-        return np.memmap(path, self.dtype, "r", shape=(shard.tokens,))
+        return np.asarray(np.memmap(path, self.dtype, "r", shape=(shard.tokens,)))
 
     def _read_documents(self) -> None:
         ends, hashes = [], []
