@@ -82,7 +82,7 @@ class Store:
                 written = ocp.save_async(data / manifest.ARRAYS, {n: leaf for n, leaf in leaves.items() if leaf.size})
         except OSError as error:
             raise self._failure(step, error) from error
-        self._pending = (step, self._thread.submit(self._finish, step, number, written, text))
+        self._pending = (step, self._thread.submit(self._finish, step, number, written.result, text))
 
     def poll(self) -> int | None:
         """The step whose save was committed since the last call, if any; never waits.
@@ -177,9 +177,9 @@ class Store:
             raise self._failure(step, failure) from failure
         return number
 
-    def _finish(self, step: int, number: int, written: ocp.AsyncResponse[None], text: str) -> None:
+    def _finish(self, step: int, number: int, wait: Callable[[], None], text: str) -> None:
         """In the background: wait for Orbax, then commit the step and delete what retention does not keep."""
-        written.result()
+        wait()
         if jax.process_index() != 0:
             return
         manifest.write_atomically(manifest.save_folder(self.folder, step, number) / manifest.META, text)
