@@ -64,10 +64,10 @@ EXTRA_core :=
 EXTRA_test := [test]
 EXTRA_dev := [dev]
 $(VENV)/.has-%: pyproject.toml | $(BIN)/python
-	@echo "Installing jaxlm$(EXTRA_$*) into $(VENV)"
+	@echo "Installing jaxlm$(EXTRA_$*) into $(VENV) (a minute or two the first time)"
 	@if command -v uv >/dev/null; then \
 	  uv pip install --quiet --python $(BIN)/python -e '.$(EXTRA_$*)'; \
 	else \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.$(EXTRA_$*)'; \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check -e '.$(EXTRA_$*)'; \
 	fi
 	@touch $@
