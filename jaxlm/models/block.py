@@ -20,12 +20,12 @@ from jaxlm.models.runtime import Runtime
 
 
 class Tokens(NamedTuple):
-    """Where each query and each key stands; keys are the queries themselves, or a cache that holds them."""
+    """Where each query stands, and each key where they are in a cache rather than the queries' own."""
 
     positions_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"]
-    kv_positions_BS: Int[Array, "B S"]
-    kv_segments_BS: Int[Array, "B S"]
+    kv_positions_BS: Int[Array, "B S"] | None = None
+    kv_segments_BS: Int[Array, "B S"] | None = None
 
 
 class LayerCache(NamedTuple):

@@ -69,14 +69,10 @@ class Decoder(nnx.Module):
             x = x + runtime.use(self.positions.embedding)[positions_BT]
         x = dropout(x, config.dropout, None if key is None else jax.random.fold_in(key, config.layers))
         x = layout.constrain(x, "batch", "sequence", None)
+        where = Tokens(positions_BT, segments_BT)
         if cache is not None:
             cache = _append_tokens(cache, positions_BT, segments_BT)
-        where = Tokens(
-            positions_BT,
-            segments_BT,
-            positions_BT if cache is None else cache["positions"],
-            segments_BT if cache is None else cache["segments"],
-        )
+            where = Tokens(positions_BT, segments_BT, cache["positions"], cache["segments"])
         x, cache = _run_stack(self.blocks, config, x, where, runtime, key=key, cache=cache)
         return self.final_norm(x, runtime), cache
 
@@ -128,9 +124,7 @@ def _run_stack(
         block = nnx.merge(graph, params)
         layer_cache = None if kv is None else LayerCache(*kv, start)
         layer_key = None if key is None else jax.random.fold_in(key, layer)
-        x, layer_cache = block(
-            x, where, runtime, window=window, turn=turns[window], cache=layer_cache, key=layer_key
-        )
+        x, layer_cache = block(x, where, runtime, window=window, turn=turns[window], cache=layer_cache, key=layer_key)
         return x, None if layer_cache is None else tuple(layer_cache[:2])
 
     layers = [remat.checkpoint(partial(apply, window), runtime) for window in windows]

@@ -1,4 +1,4 @@
-"""The layers a block is made of. A parameter states its shape, dtype, logical dims and initializer once, in `parameter`.
+"""The layers a block is made of. A parameter states shape, dtype, logical dims and initializer once, in `parameter`.
 
 Legend: B batch, T length, D embed, F mlp, N query heads, K kv heads, H head size, V vocabulary.
 """

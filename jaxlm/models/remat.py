@@ -14,8 +14,9 @@ SAVED = ("attention_out", "mlp_out")
 def checkpoint(block: Callable, runtime: Runtime) -> Callable:
     """`block` with the rematerialisation of `runtime`.
 
-    none keeps every intermediate but gathered or cast copies of parameters; full keeps only the block's input; dots keeps matmul results and recomputes the
-    elementwise rest (and attention); selective keeps `SAVED`; offload keeps them in host memory.
+    none keeps every intermediate but gathered or cast copies of parameters; full keeps only the block's input; dots
+    keeps matmul results and recomputes the elementwise rest (and attention); selective keeps `SAVED`; offload keeps
+    them in host memory.
 
     Raises:
         UserError: offload on a device that cannot address pinned host memory.
@@ -28,7 +29,7 @@ def checkpoint(block: Callable, runtime: Runtime) -> Callable:
         memories = {memory.kind for memory in device.addressable_memories()}
         if device.platform == "cpu" or "pinned_host" not in memories:
             raise UserError(
-                f"remat 'offload': a {device.platform} device has no separate host memory; use selective or full (--remat)"
+                f"remat 'offload': {device.platform} has no host memory apart from its own; use selective (--remat)"
             )
         chosen = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.config.schema import PrecisionConfig
 from jaxlm.parallel.rules import Layout
 
 GATHERED = "gathered"
@@ -42,6 +43,13 @@ class Runtime:
     def copies_parameters(self) -> bool:
         """Whether `use` makes copies that the backward pass should make again rather than keep."""
         return self.dtype != jnp.float32 or self.layout.axis_size("embed") > 1
+
+
+def compute_dtype(config: PrecisionConfig, platform: str) -> jnp.dtype:
+    """The number format of matmuls and activations on `platform` ("cpu", "gpu" or "tpu")."""
+    if config.compute == "auto":
+        return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+    return jnp.dtype(config.compute)
 
 
 def _gather(layout: Layout, dims: tuple[str | None, ...], dtype: jnp.dtype, value: jax.Array) -> jax.Array:

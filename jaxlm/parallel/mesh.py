@@ -1,5 +1,6 @@
 """From a mesh spec to the devices: simulates CPU devices, joins other processes, orders devices by network."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -66,10 +67,9 @@ def _simulate(count: int) -> None:
     """Ask the CPU backend, if that is what this host turns out to have, for `count` devices."""
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if count > 1 and not forced:
-        try:
+        # Once devices are in use their number stands, and `resolve` compares it.
+        with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError:
-            pass  # devices are in use already: their number stands, and `resolve` compares it
 
 
 def _join_processes() -> None:

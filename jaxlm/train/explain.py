@@ -103,7 +103,9 @@ def memory(plan: StatePlan, compiled: jax.stages.Compiled, console: Console) -> 
         table.add_section()
         table.add_row("arguments of the step", f"{stats.argument_size_in_bytes:,}")
         table.add_row("temporaries of the step", f"{stats.temp_size_in_bytes:,}")
-        table.add_row("outputs not in place of arguments", f"{stats.output_size_in_bytes - stats.alias_size_in_bytes:,}")
+        table.add_row(
+            "outputs not in place of arguments", f"{stats.output_size_in_bytes - stats.alias_size_in_bytes:,}"
+        )
     console.print(table)
 
 

@@ -1,12 +1,18 @@
-"""Cross-entropy straight from hidden states, in chunks of the vocabulary.
+"""Cross-entropy straight from hidden states: the logits [N, V] of a batch never exist whole.
 
-Logits [N, V] of a large vocabulary outweigh everything else in memory, so they are made a chunk at a time: forward with
-an online log-sum-exp, backward once more, each chunk giving its part of both gradients (as in Cut Cross-Entropy,
-https://arxiv.org/abs/2411.09009). Under tensor parallelism each shard walks through chunks of its own vocabulary and
-shards are combined once, after the last chunk; neither the logits nor the output matrix ever leaves its device.
+Two orders of work, by `chunk`:
 
-Legend: N tokens, D embed, V vocabulary with padding, S shards of the vocabulary, W vocabulary of one shard,
-C one chunk of W.
+- Blocks of tokens, where all columns of a block fit (chunk 0, or no smaller than the vocabulary): the gradient of a
+  block is taken while its logits are at hand, so nothing is computed twice and a block stays in a CPU's cache.
+- Chunks of the vocabulary: forward with an online log-sum-exp, backward from each chunk's logits made once more. Its
+  memory does not grow with the vocabulary (as in Cut Cross-Entropy, https://arxiv.org/abs/2411.09009).
+
+On a mesh each device walks through blocks of its own tokens and chunks of its own columns. What it must share with
+others is kept apart by shard (dims G and S) and summed after the walk, so neither the logits nor the output matrix
+leaves its device, and no large all-reduce stands in a loop.
+
+Legend: N tokens, G shards of the tokens, L tokens of one shard, R one block of L, D embed, V vocabulary with padding,
+S shards of the vocabulary, W columns of one shard, C one chunk of W.
 """
 
 from functools import partial
@@ -19,9 +25,16 @@ from jaxtyping import Array, Float, Int
 HIDDEN = -1e30
 """Logit of a padding column: finite, so that a shard of nothing but padding stays finite."""
 
+BLOCK_LOGITS = 1 << 20
+"""Logits of one block of tokens on one device (4 MiB), which a CPU's cache holds ..."""
+
+BLOCK_WIDTHS = 4
+"""... but no fewer tokens than this many times D: a block rewrites the [D, V] gradient of the head, which must stay cheap
+beside its passes over [R, V] logits."""
+
 
 class _Terms(NamedTuple):
-    """What a loss is made of, as `cross_entropy` takes it."""
+    """What the loss is made of and how the work is cut."""
 
     vocabulary: int
     chunk: int
@@ -44,6 +57,7 @@ def cross_entropy(
     softcap: float | None = None,
     transposed: bool = False,
     shards: int = 1,
+    token_shards: int = 1,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of the tokens' losses, number of tokens), float32; each token weighs `mask_N`, which has no gradient.
 
@@ -51,117 +65,188 @@ def cross_entropy(
     `torch.nn.CrossEntropyLoss`), plus `z_loss` * logsumexp(logits)^2 (PaLM, https://arxiv.org/abs/2204.02311).
 
     `head` is [D, V], or [V, D] if `transposed` (an embedding table, used as it lies); its columns from `vocabulary` on
-    are padding and get neither probability nor gradient. Logits become softcap * tanh(logits / softcap) first.
+    are padding and get neither probability nor gradient. Logits become softcap * tanh(logits / softcap) first, and are
+    float32 whatever the dtype of `x_ND` and `head`, which must agree.
 
-    Logits of at most `chunk` columns exist at a time (0: all, and the backward pass keeps them); a last, smaller chunk
-    takes what does not divide. `shards` is how many devices split the vocabulary; it must divide V.
+    Logits of at most `chunk` columns exist at a time (0: all columns, of some tokens at a time); a last, smaller chunk
+    takes what does not divide. `shards` and `token_shards` say over how many devices V and N are split.
+
+    Raises:
+        ValueError: shards that do not divide, or more true columns than the head has.
     """
     width = head.shape[0] if transposed else head.shape[1]
-    if width % shards or not 0 < vocabulary <= width:
-        raise ValueError(f"cross_entropy: a head of {width} does not hold {vocabulary} in {shards} equal shards")
+    if width % shards or x_ND.shape[0] % token_shards or not 0 < vocabulary <= width:
+        raise ValueError(
+            f"cross_entropy: {x_ND.shape[0]} tokens in {token_shards} shards, {vocabulary} columns of {width} in {shards}"
+        )
     local = width // shards
     split = (shards, local, head.shape[1]) if transposed else (head.shape[0], shards, local)
     columns = min(max(chunk // shards, 1), local) if chunk else local
     terms = _Terms(vocabulary, columns, z_loss, label_smoothing, softcap, transposed)
-    return _loss_sum(x_ND, head.reshape(split), targets_N, mask_N, terms), mask_N.sum(dtype=jnp.float32)
+    x_GLD, targets_GL, mask_GL = (a.reshape(token_shards, -1, *a.shape[1:]) for a in (x_ND, targets_N, mask_N))
+    run = _by_tokens if columns == local else _by_vocabulary
+    return run(x_GLD, head.reshape(split), targets_GL, mask_GL, terms), mask_N.sum(dtype=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _loss_sum(x_ND, head, targets_N, mask_N, terms):
-    return _forward(x_ND, head, targets_N, mask_N, terms)[0]
+def _by_tokens(x_GLD, head, targets_GL, mask_GL, terms):
+    def add_block(loss_G, start, size):
+        x_GRD, targets_GR, mask_GR = _slices((x_GLD, targets_GL, mask_GL), start, size, axis=1)
+        sums = _add_chunk(None, _logits(x_GRD, head, terms), 0, targets_GR, terms)
+        return loss_G + (_combined(sums, terms)[1] * mask_GR).sum(axis=1)
+
+    loss_G = jnp.zeros(x_GLD.shape[0], jnp.float32)
+    return _walk(add_block, loss_G, x_GLD.shape[1], _block(x_GLD, terms)).sum()
 
 
-def _forward(x_ND, head, targets_N, mask_N, terms):
-    tokens, (shards, local) = x_ND.shape[0], _split_shape(head, terms)
+def _by_tokens_forward(x_GLD, head, targets_GL, mask_GL, terms):
+    """The loss, and its gradients as if the cotangent were 1: a scalar can be multiplied in later."""
 
+    def add_block(carry, start, size):
+        loss_G, dx_SGLD, dhead_GDSW = carry
+        x_GRD, targets_GR, mask_GR = _slices((x_GLD, targets_GL, mask_GL), start, size, axis=1)
+        logits_GRSW = _logits(x_GRD, head, terms)
+        lse_GR, loss_GR = _combined(_add_chunk(None, logits_GRSW, 0, targets_GR, terms), terms)
+        d_GRSW = _logits_gradient(logits_GRSW, 0, lse_GR, targets_GR, mask_GR, terms).astype(x_GLD.dtype)
+        dx_SGLD = jax.lax.dynamic_update_slice_in_dim(dx_SGLD, _dx(d_GRSW, head, terms), start, axis=2)
+        return loss_G + (loss_GR * mask_GR).sum(axis=1), dx_SGLD, dhead_GDSW + _matmul("grd,grsc->gdsc", x_GRD, d_GRSW)
+
+    (groups, length, embed), (shards, local) = x_GLD.shape, _split_shape(head, terms)
+    zeros = [(groups,), (shards, *x_GLD.shape), (groups, embed, shards, local)]
+    carry = tuple(jnp.zeros(shape, jnp.float32) for shape in zeros)
+    loss_G, dx_SGLD, dhead_GDSW = _walk(add_block, carry, length, _block(x_GLD, terms))
+    return loss_G.sum(), (dx_SGLD.sum(axis=0), dhead_GDSW.sum(axis=0), jnp.zeros((), x_GLD.dtype))
+
+
+def _by_tokens_backward(terms, residuals, cotangent):
+    dx_GLD, dhead_DSW, like = residuals
+    dhead = _as_head(dhead_DSW * cotangent, terms)
+    return (dx_GLD * cotangent).astype(like.dtype), dhead.astype(like.dtype), None, None
+
+
+_by_tokens.defvjp(_by_tokens_forward, _by_tokens_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_vocabulary(x_GLD, head, targets_GL, mask_GL, terms):
+    return _by_vocabulary_forward(x_GLD, head, targets_GL, mask_GL, terms)[0]
+
+
+def _by_vocabulary_forward(x_GLD, head, targets_GL, mask_GL, terms):
     def add_chunk(sums, start, size):
-        logits_NSC = _capped(_raw_logits(x_ND, head, start, size, terms), terms)
-        return _add_chunk(sums, logits_NSC, _ids(start, size, shards, local), targets_N, terms)
+        (columns,) = _slices((head,), start, size, axis=_axis(terms))
+        return _add_chunk(sums, _logits(x_GLD, columns, terms), start, targets_GL, terms, _split_shape(head, terms)[1])
 
-    zeros_NS = jnp.zeros((tokens, shards), jnp.float32)
-    sums = (zeros_NS + HIDDEN, zeros_NS, zeros_NS, zeros_NS)
-    kept = None
-    if terms.chunk == local:
-        kept = _raw_logits(x_ND, head, 0, local, terms)
-        sums = _add_chunk(sums, _capped(kept, terms), _ids(0, local, shards, local), targets_N, terms)
-    else:
-        sums = _over_chunks(add_chunk, sums, local, terms.chunk)
-    peak_NS, total_NS, target_NS, every_NS = sums
-    peak_N = peak_NS.max(axis=1)
-    lse_N = peak_N + jnp.log((total_NS * jnp.exp(peak_NS - peak_N[:, None])).sum(axis=1))
-    smooth = terms.label_smoothing
-    loss_N = lse_N - (1.0 - smooth) * target_NS.sum(axis=1)
-    if smooth:
-        loss_N -= smooth / terms.vocabulary * every_NS.sum(axis=1)
-    if terms.z_loss:
-        loss_N += terms.z_loss * lse_N * lse_N
-    return (loss_N * mask_N).sum(), (x_ND, head, targets_N, mask_N, lse_N, kept)
-
-
-def _add_chunk(sums, logits_NSC, ids_SC, targets_N, terms):
-    """Running (largest logit, sum of exponentials relative to it, the target's logit, sum of logits) of each shard."""
-    peak_NS, total_NS, target_NS, every_NS = sums
-    real_SC, is_target_NSC = ids_SC < terms.vocabulary, ids_SC[None] == targets_N[:, None, None]
-    masked_NSC = jnp.where(real_SC[None], logits_NSC, HIDDEN)
-    new_NS = jnp.maximum(peak_NS, masked_NSC.max(axis=2))
-    total_NS = total_NS * jnp.exp(peak_NS - new_NS) + jnp.exp(masked_NSC - new_NS[:, :, None]).sum(axis=2)
-    # A comparison, because a gather along a sharded dim would move the logits (and abort XLA inside a shard_map).
-    target_NS += jnp.where(is_target_NSC, logits_NSC, 0.0).sum(axis=2)
-    if terms.label_smoothing:
-        every_NS += jnp.where(real_SC[None], logits_NSC, 0.0).sum(axis=2)
-    return new_NS, total_NS, target_NS, every_NS
-
-
-def _backward(terms, residuals, cotangent):
-    x_ND, head, targets_N, mask_N, lse_N, kept = residuals
     shards, local = _split_shape(head, terms)
-    weight_N = mask_N * cotangent
-    slope_N = weight_N * (1.0 + 2.0 * terms.z_loss * lse_N)
-    logits_spec, dx_spec, dhead_spec = _specs(terms)
+    zeros_GLS = jnp.zeros((*targets_GL.shape, shards), jnp.float32)
+    sums = _walk(add_chunk, (zeros_GLS + HIDDEN, zeros_GLS, zeros_GLS, zeros_GLS), local, terms.chunk)
+    lse_GL, loss_GL = _combined(sums, terms)
+    return (loss_GL * mask_GL).sum(), (x_GLD, head, targets_GL, mask_GL, lse_GL)
 
-    def chunk_gradients(raw_NSC, start, size):
-        ids_SC = _ids(start, size, shards, local)
-        logits_NSC = _capped(raw_NSC, terms)
-        wanted_NSC = jnp.where(ids_SC[None] == targets_N[:, None, None], 1.0 - terms.label_smoothing, 0.0)
-        wanted_NSC += terms.label_smoothing / terms.vocabulary
-        d_NSC = jnp.exp(logits_NSC - lse_N[:, None, None]) * slope_N[:, None, None]
-        d_NSC -= wanted_NSC * weight_N[:, None, None]
-        if terms.softcap is not None:
-            d_NSC *= 1.0 - (logits_NSC / terms.softcap) ** 2
-        d_NSC = jnp.where(ids_SC[None] < terms.vocabulary, d_NSC, 0.0).astype(x_ND.dtype)
-        dx_SND = _matmul(dx_spec, d_NSC, _columns(head, start, size, terms))
-        return dx_SND, _matmul(dhead_spec, d_NSC, x_ND).astype(head.dtype)
+
+def _by_vocabulary_backward(terms, residuals, cotangent):
+    x_GLD, head, targets_GL, mask_GL, lse_GL = residuals
+    shards, local = _split_shape(head, terms)
+    weight_GL = mask_GL * cotangent
 
     def add_chunk(grads, start, size):
-        dx_SND, dhead = grads
-        more, columns = chunk_gradients(_raw_logits(x_ND, head, start, size, terms), start, size)
-        return dx_SND + more, jax.lax.dynamic_update_slice_in_dim(dhead, columns, start, axis=_axis(terms))
+        dx_SGLD, dhead = grads
+        (columns,) = _slices((head,), start, size, axis=_axis(terms))
+        logits_GLSC = _logits(x_GLD, columns, terms)
+        d_GLSC = _logits_gradient(logits_GLSC, start, lse_GL, targets_GL, weight_GL, terms, local).astype(x_GLD.dtype)
+        more = _as_head(_matmul("gld,glsc->dsc", x_GLD, d_GLSC), terms).astype(head.dtype)
+        dhead = jax.lax.dynamic_update_slice_in_dim(dhead, more, start, axis=_axis(terms))
+        return dx_SGLD + _dx(d_GLSC, columns, terms), dhead
 
-    if kept is not None:
-        dx_SND, dhead = chunk_gradients(kept, 0, local)
+    grads = (jnp.zeros((shards, *x_GLD.shape), jnp.float32), jnp.zeros_like(head))
+    dx_SGLD, dhead = _walk(add_chunk, grads, local, terms.chunk)
+    return dx_SGLD.sum(axis=0).astype(x_GLD.dtype), dhead, None, None
+
+
+_by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
+
+
+def _add_chunk(sums, logits_GRSC, start, targets_GR, terms, local=None):
+    """Running (largest logit, sum of exponentials relative to it, the target's logit, sum of logits), [G, R, S] each."""
+    shards, size = logits_GRSC.shape[2:]
+    ids_SC, padded = _ids(shards, local or size, start, size), shards * (local or size) > terms.vocabulary
+    masked = jnp.where(_wide(ids_SC < terms.vocabulary), logits_GRSC, HIDDEN) if padded else logits_GRSC
+    peak = masked.max(axis=3) if sums is None else jnp.maximum(sums[0], masked.max(axis=3))
+    total = jnp.exp(masked - peak[..., None]).sum(axis=3)
+    if local is None and shards == 1:
+        target = jnp.take_along_axis(logits_GRSC[:, :, 0], targets_GR[..., None], axis=2)
     else:
-        # dx keeps the shards apart until the end: one all-reduce, where a sum would take one for each chunk.
-        zeros = (jnp.zeros((shards, *x_ND.shape), jnp.float32), jnp.zeros_like(head))
-        dx_SND, dhead = _over_chunks(add_chunk, zeros, local, terms.chunk)
-    return dx_SND.sum(axis=0).astype(x_ND.dtype), dhead, None, None
+        # A comparison, because a gather along a sharded dim would move the logits (and abort XLA inside a shard_map).
+        target = jnp.where(_wide(ids_SC) == targets_GR[..., None, None], logits_GRSC, 0.0).sum(axis=3)
+    every = jnp.zeros_like(target)
+    if terms.label_smoothing:
+        every = (jnp.where(_wide(ids_SC < terms.vocabulary), logits_GRSC, 0.0) if padded else logits_GRSC).sum(axis=3)
+    if sums is None:
+        return peak, total, target, every
+    return peak, sums[1] * jnp.exp(sums[0] - peak) + total, sums[2] + target, sums[3] + every
 
 
-_loss_sum.defvjp(_forward, _backward)
+def _combined(sums, terms):
+    """(log-sum-exp, loss) of each token, [G, R] each, from the sums of each shard."""
+    peak_GRS, total_GRS, target_GRS, every_GRS = sums
+    peak_GR = peak_GRS.max(axis=2)
+    lse_GR = peak_GR + jnp.log((total_GRS * jnp.exp(peak_GRS - peak_GR[..., None])).sum(axis=2))
+    loss_GR = lse_GR - (1.0 - terms.label_smoothing) * target_GRS.sum(axis=2)
+    if terms.label_smoothing:
+        loss_GR -= terms.label_smoothing / terms.vocabulary * every_GRS.sum(axis=2)
+    if terms.z_loss:
+        loss_GR += terms.z_loss * lse_GR * lse_GR
+    return lse_GR, loss_GR
 
 
-def _over_chunks(add_chunk, carry, local, chunk):
-    """carry = add_chunk(carry, start, size) over the whole chunks in a loop, then over the rest."""
-    whole = local // chunk
-    carry, _ = jax.lax.scan(
-        lambda carry, index: (add_chunk(carry, index * chunk, chunk), None), carry, jnp.arange(whole, dtype=jnp.int32)
-    )
-    return add_chunk(carry, whole * chunk, local % chunk) if local % chunk else carry
+def _logits_gradient(logits_GRSC, start, lse_GR, targets_GR, weight_GR, terms, local=None):
+    """Gradient of the weighted loss with respect to the raw logits (before the soft cap), float32."""
+    shards, size = logits_GRSC.shape[2:]
+    ids_SC = _ids(shards, local or size, start, size)
+    slope_GR = weight_GR * (1.0 + 2.0 * terms.z_loss * lse_GR) if terms.z_loss else weight_GR
+    is_target = _wide(ids_SC) == targets_GR[..., None, None]
+    wanted = jnp.where(is_target, ((1.0 - terms.label_smoothing) * weight_GR)[..., None, None], 0.0)
+    if terms.label_smoothing:
+        wanted += (terms.label_smoothing / terms.vocabulary * weight_GR)[..., None, None]
+    d_GRSC = jnp.exp(logits_GRSC - lse_GR[..., None, None]) * slope_GR[..., None, None] - wanted
+    if terms.softcap is not None:
+        d_GRSC *= 1.0 - (logits_GRSC / terms.softcap) ** 2
+    if shards * (local or size) > terms.vocabulary:
+        d_GRSC = jnp.where(_wide(ids_SC < terms.vocabulary), d_GRSC, 0.0)
+    return d_GRSC
 
 
-def _specs(terms):
-    """Einsum specs of the logits, of dx by shard, and of the head's gradient."""
-    columns = "scd" if terms.transposed else "dsc"
-    return f"nd,{columns}->nsc", f"nsc,{columns}->snd", f"nsc,nd->{columns}"
+def _walk(add, carry, length, size):
+    """carry = add(carry, start, size) along `length`: whole pieces in a loop, then the rest."""
+    whole = length // size
+    if whole == 1:
+        carry = add(carry, 0, size)
+    else:
+        starts = jnp.arange(whole, dtype=jnp.int32) * size
+        carry, _ = jax.lax.scan(lambda carry, start: (add(carry, start, size), None), carry, starts)
+    return add(carry, whole * size, length % size) if length % size else carry
+
+
+def _block(x_GLD, terms):
+    """Tokens of one block on one device."""
+    length, embed = x_GLD.shape[1:]
+    blocks = -(-length // max(BLOCK_LOGITS // terms.chunk, BLOCK_WIDTHS * embed))
+    return -(-length // blocks)
+
+
+def _logits(x_GRD, columns, terms):
+    logits = _matmul("grd,scd->grsc" if terms.transposed else "grd,dsc->grsc", x_GRD, columns)
+    return logits if terms.softcap is None else terms.softcap * jnp.tanh(logits / terms.softcap)
+
+
+def _dx(d_GRSC, columns, terms):
+    """dx of each vocabulary shard, [S, G, R, D]."""
+    return _matmul("grsc,scd->sgrd" if terms.transposed else "grsc,dsc->sgrd", d_GRSC, columns)
+
+
+def _as_head(dhead_DSC, terms):
+    # Computed as [D, S, C] even where the head is [S, C, D]: turning the result costs less than turning d's [N, C].
+    return dhead_DSC.transpose(1, 2, 0) if terms.transposed else dhead_DSC
 
 
 def _axis(terms):
@@ -172,20 +257,16 @@ def _split_shape(head, terms):
     return head.shape[:2] if terms.transposed else head.shape[1:]
 
 
-def _columns(head, start, size, terms):
-    return jax.lax.dynamic_slice_in_dim(head, start, size, axis=_axis(terms))
+def _slices(arrays, start, size, axis):
+    return [a if a.shape[axis] == size else jax.lax.dynamic_slice_in_dim(a, start, size, axis=axis) for a in arrays]
 
 
-def _ids(start, size, shards, local):
+def _ids(shards, local, start, size):
     return (jnp.arange(shards, dtype=jnp.int32) * local)[:, None] + (start + jnp.arange(size, dtype=jnp.int32))[None, :]
 
 
-def _raw_logits(x_ND, head, start, size, terms):
-    return _matmul(_specs(terms)[0], x_ND, _columns(head, start, size, terms))
-
-
-def _capped(logits, terms):
-    return logits if terms.softcap is None else terms.softcap * jnp.tanh(logits / terms.softcap)
+def _wide(mask_SC):
+    return mask_SC[None, None]
 
 
 def _matmul(spec, left, right):

@@ -95,7 +95,9 @@ def init(model: Model, optimizer: optax.GradientTransformation, plan: StatePlan,
     return make(jax.random.key(seed))
 
 
-def _fresh(model: Model, optimizer: optax.GradientTransformation, key: jax.Array, dtype: jnp.dtype, scaled: bool) -> State:
+def _fresh(
+    model: Model, optimizer: optax.GradientTransformation, key: jax.Array, dtype: jnp.dtype, scaled: bool
+) -> State:
     params = jax.tree.map(lambda p: p.astype(dtype), model.init(key))
     state: State = {
         "params": params,

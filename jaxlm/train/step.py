@@ -190,7 +190,9 @@ def compile_step(
     return jitted.lower(plan.abstract, batch).compile()
 
 
-def eval_step(model: Model, config: RunConfig, runtime: Runtime) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+def eval_step(
+    model: Model, config: RunConfig, runtime: Runtime
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
     """(params, batch, byte_lengths [V]) -> summed cross-entropy in nats, counted tokens, bytes of text they stand for."""
 
     def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,0 +1,33 @@
+"""`python -m jaxlm.train`: train a language model."""
+
+import os
+from pathlib import Path
+
+from jaxlm.config import cli
+from jaxlm.config.load import dump, load
+from jaxlm.config.schema import RunConfig
+
+
+def main(argv: list[str]) -> None:
+    """Read the configuration, then train, or only explain what training would do."""
+    config, flags = load(RunConfig, argv, ("print-config", "dry-run", "explain"))
+    if "print-config" in flags:
+        print(dump(config), end="")
+        return
+    # Compiled programs are kept, so that the second start of a run does not compile again. XLA logs its own affairs
+    # (an unused CPU feature, a slow rendezvous on two cores) at levels below error.
+    cache = Path(config.data.cache).expanduser() / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if flags & {"dry-run", "explain"}:
+        from jaxlm.train.preview import preview
+
+        preview(config, full="explain" in flags)
+    else:
+        from jaxlm.train.loop import run
+
+        run(config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,96 @@
+"""From a configuration and a mesh to all a step needs: model, optimizer, where the state lives, the step itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxlm.config.schema import ModelConfig, RunConfig
+from jaxlm.models import attention, build
+from jaxlm.models.block import head_size, kv_heads
+from jaxlm.models.runtime import Runtime, compute_dtype
+from jaxlm.parallel import rules
+from jaxlm.train import optimizer, state
+from jaxlm.train import step as steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """The parts of a run that know devices, all decided before an array exists."""
+
+    config: RunConfig
+    model: build.Model
+    runtime: Runtime
+    optimizer: optax.GradientTransformation
+    plan: state.StatePlan
+    step: Callable[[state.State, steps.Batch], tuple[state.State, steps.Metrics]]
+    """Not compiled yet: see `compile`."""
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+    def compile(self) -> jax.stages.Compiled:
+        """The step as a program that cannot recompile."""
+        return steps.compile_step(self.step, self.plan, self.batch)
+
+    def init(self) -> state.State:
+        """A fresh state, born sharded."""
+        return state.init(self.model, self.optimizer, self.plan, self.config.train.seed)
+
+
+def assemble(
+    config: RunConfig,
+    mesh: Mesh,
+    tokenizer_vocabulary: int | None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Assembly:
+    """Put the parts of a run together.
+
+    Args:
+        tokenizer_vocabulary: ids of the data's tokenizer; None in a dry run, where `model.vocabulary` must be set.
+        announce: told in one line each choice that was left to us.
+
+    Raises:
+        UserError: model, mesh and kernels do not go together.
+    """
+    device = mesh.devices.flat[0]
+    model = build.build(config.model, tokenizer_vocabulary)
+    layout = rules.layout(mesh, kv_heads=kv_heads(config.model))
+    if not layout.rules["kv_heads"] and mesh.shape["model"] > 1:
+        announce(f"{kv_heads(config.model)} kv heads are kept whole on each of tp{mesh.shape['model']}'s devices")
+    dtype = compute_dtype(config.precision, device.platform)
+    choice = _choose_attention(config, config.model, device, dtype)
+    announce(f"attention: {choice.name} ({choice.reason}); compute {dtype}, parameters {config.precision.params}")
+    runtime = Runtime(layout=layout, attention=choice.name, dtype=dtype, remat=config.remat)
+    rule = optimizer.build(config.optimizer, config.train.steps)
+    plan = state.plan(
+        model,
+        rule,
+        layout,
+        config.optimizer,
+        dtype=jnp.dtype(config.precision.params),
+        scaled=dtype == jnp.float16,
+    )
+    schedule = optimizer.schedule(config.optimizer, config.train.steps)
+    return Assembly(
+        config=config,
+        model=model,
+        runtime=runtime,
+        optimizer=rule,
+        plan=plan,
+        step=steps.train_step(model, rule, schedule, config, runtime, plan),
+        batch=steps.abstract_batch(config, runtime),
+    )
+
+
+def _choose_attention(config: RunConfig, model: ModelConfig, device: jax.Device, dtype: jnp.dtype) -> attention.Choice:
+    return attention.choose(
+        config.attention,
+        platform=device.platform,
+        compute_dtype=str(dtype),
+        head_size=head_size(model),
+        sequence_length=config.data.sequence_length,
+        softcap=model.attention_softcap,
+        compute_capability=str(device.compute_capability) if device.platform == "gpu" else None,
+    )

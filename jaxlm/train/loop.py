@@ -1,0 +1,271 @@
+"""The training loop: config -> mesh -> data -> model -> state -> step -> checkpoints and metrics."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxlm.checkpoint.store import Store
+from jaxlm.config.checks import check, profile_window
+from jaxlm.config.errors import Preempted
+from jaxlm.config.load import check_run_folder, dump
+from jaxlm.config.mesh_spec import parse
+from jaxlm.config.schema import RunConfig
+from jaxlm.data.corpus import Corpora, open_corpora
+from jaxlm.data.loader import Loader, batches
+from jaxlm.metrics import flops
+from jaxlm.metrics.events import Events
+from jaxlm.metrics.progress import Progress
+from jaxlm.metrics.trackers import Tracker
+from jaxlm.parallel import mesh as meshes
+from jaxlm.train import resume
+from jaxlm.train.assemble import Assembly, assemble
+from jaxlm.train.evaluate import Evaluator
+from jaxlm.train.faults import StopRequest, check_streak
+from jaxlm.train.sample import write_sample
+from jaxlm.train.state import State
+from jaxlm.train.step import Metrics
+
+Say = Callable[[str], None]
+
+
+def run(config: RunConfig) -> None:
+    """Train as `config` says, continuing what its run folder holds, and leave the result there.
+
+    Raises:
+        UserError: the configuration cannot run. Diverged, NoValidCheckpoint, Preempted: see `config.errors`.
+    """
+    leader = Progress(config.train.steps)
+    mesh, spec = meshes.build(
+        parse(config.mesh), simulate=config.simulate, distributed=config.distributed, announce=leader.say
+    )
+    check(config, spec)
+    first = jax.process_index() == 0
+    folder = check_run_folder(config)
+    corpora = open_corpora(config.data)
+    loader = Loader(corpora, config.data)
+    say = Progress(config.train.steps, show=first).say
+    say(corpora.describe())
+    entropy = corpora.unigram_entropy()
+    say(f"unigram entropy {entropy:.3f} nats a token: the loss of guessing by frequency alone")
+    assembly = assemble(config, mesh, corpora.tokenizer.vocabulary_size, say)
+    with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every) as store:
+        step = resume.choose(store, config.resume, say)
+        if first:
+            (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+            corpora.tokenizer.save(folder / "tokenizer")
+        start = resume.begin(assembly, store, step)
+        events = Events(folder, write=first)
+        tracker = Tracker(
+            folder,
+            step=start.step,
+            tensorboard=config.metrics.tensorboard,
+            wandb=config.metrics.wandb,
+            config=asdict(config),
+            write=first,
+        )
+        with tracker, events, Progress(config.train.steps, start=start.step, show=first) as progress:
+            Run(assembly, corpora, loader, store, tracker, events, progress, folder, str(spec)).train(start)
+
+
+class Run:
+    """One run under way: what the loop needs at every step, and what it counts."""
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        corpora: Corpora,
+        loader: Loader,
+        store: Store,
+        tracker: Tracker,
+        events: Events,
+        progress: Progress,
+        folder: Path,
+        mesh: str,
+    ):
+        self.assembly, self.config, self.corpora, self.loader = assembly, assembly.config, corpora, loader
+        self.store, self.tracker, self.events, self.progress = store, tracker, events, progress
+        self.folder, self.mesh = folder, mesh
+        self.meter = Meter(assembly)
+        self.position = self.seen_tokens = 0
+        self.evaluate: Evaluator | None = None
+        if self.config.eval.every and corpora.documents("validation"):
+            held_out = Loader(corpora, self.config.data, "validation")
+            self.evaluate = Evaluator(assembly, held_out, _by_id(corpora, assembly))
+
+    def train(self, start: resume.Start) -> None:
+        """From `start` to the last step, then the final save, evaluation and sample."""
+        config, progress = self.config, self.progress
+        state, self.position, self.seen_tokens = start.state, start.position, start.seen_tokens
+        self.events.record("resume" if start.step else "start", step=start.step, mesh=self.mesh)
+        if start.step:
+            progress.say(f"continuing from step {start.step}, {self.position:,} samples in, on mesh {self.mesh}")
+        if start.step >= config.train.steps:
+            progress.say(f"all {config.train.steps} steps are done; raise --train.steps to go on")
+            return
+        began = time.perf_counter()
+        compiled = self.assembly.compile()
+        progress.say(f"compiled in {time.perf_counter() - began:.1f} s; {self.meter.formula}")
+        with StopRequest() as stop:
+            state = self._steps(compiled, state, start.step, stop)
+        self._finish(state)
+
+    def _steps(self, compiled: jax.stages.Compiled, state: State, step: int, stop: StopRequest) -> State:
+        """Dispatch step after step. A step's metrics are read once the next one is under way, never sooner."""
+        config = self.config
+        size, length = config.data.batch_size, config.data.sequence_length
+        end = self.position + (config.train.steps - step) * size
+        sharding = self.assembly.batch
+        pending: tuple[int, Metrics] | None = None
+        with batches(
+            self.loader, self.position, size, lambda name: sharding[name].sharding, config.data.prefetch, end
+        ) as stream:
+            self.meter.restart()
+            for self.position, batch, waited in stream:
+                step += 1
+                self._profile(step)
+                state, metrics = compiled(state, batch)
+                self.seen_tokens += size * length
+                self.meter.count(waited)
+                if pending:
+                    self._read(*pending)
+                pending = (step, metrics)
+                self.progress.advance(step)
+                if stop.signal or self._due(step):
+                    self._read(*pending)
+                    pending = None
+                    self._between(step, state, stop)
+        if pending:
+            self._read(*pending)
+        self._profile(None)
+        return state
+
+    def _due(self, step: int) -> bool:
+        config = self.config
+        every = (config.checkpoint.every, config.eval.every)
+        return step < config.train.steps and any(n and step % n == 0 for n in every)
+
+    def _between(self, step: int, state: State, stop: StopRequest) -> None:
+        """What happens between two steps: evaluation, a save, or the end that a signal asked for."""
+        config = self.config
+        began = time.perf_counter()
+        if stop.signal:
+            self._save(step, state)
+            self.store.wait()
+            name = stop.signal.name
+            self.events.record("fault", step=step, kind=name)
+            raise Preempted(f"{name}: saved step {step} to {self.folder}; the same command continues from there")
+        if config.checkpoint.every and step % config.checkpoint.every == 0:
+            self._save(step, state)
+        if self.evaluate and step % config.eval.every == 0:
+            self._evaluate(step, state)
+        self.meter.pause(time.perf_counter() - began)
+
+    def _read(self, step: int, metrics: Metrics) -> None:
+        """Fetch a step's metrics, wait for it if need be, and log it where it is due."""
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        check_streak(values.pop("streak"), self.config.train.max_skipped, step)
+        self.store.poll()
+        every = self.config.train.log_every
+        if step % every == 0 or step in (1, self.config.train.steps):
+            counted = values.pop("tokens")
+            logged = {**values, "tokens": self.seen_tokens, "loss_tokens": counted, **self.meter.read()}
+            self.tracker.log(step, logged)
+            self.progress.report(step, logged)
+
+    def _save(self, step: int, state: State) -> None:
+        meta = {
+            "step": step,
+            "position": self.position,
+            "seen_tokens": self.seen_tokens,
+            "mesh": self.mesh,
+            "config": dump(self.config),
+        }
+        self.store.save(step, state, meta)
+        self.events.record("save", step=step)
+
+    def _evaluate(self, step: int, state: State) -> None:
+        if not self.evaluate:
+            return
+        values = self.evaluate(state["params"])
+        self.tracker.log(step, values, file="eval.jsonl")
+        self.progress.say(
+            f"step {step} held out: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}, "
+            f"{values['bits_per_byte']:.3f} bits per byte"
+        )
+
+    def _finish(self, state: State) -> None:
+        config, step = self.config, self.config.train.steps
+        self._save(step, state)
+        self._evaluate(step, state)
+        if config.eval.sample_tokens:
+            text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
+            self.progress.say(f"sample after step {step}:\n{text}\n")
+        self.store.wait()
+        self.events.record("end", step=step)
+        self.progress.say(f"done: {step} steps in {self.folder}")
+
+    def _profile(self, step: int | None) -> None:
+        """Start or stop the profiler at the edges of the window that `profile.steps` names; None: the run is over."""
+        if not self.config.profile.steps:
+            return
+        first, last = profile_window(self.config.profile.steps)
+        if step == first:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+        elif step == last + 1 or (step is None and first <= self.config.train.steps <= last):
+            jax.profiler.stop_trace()
+            self.progress.say(f"profile of steps {first} to {last} in {self.folder / 'profile'}")
+
+
+class Meter:
+    """Speed over the steps since the last reading, pauses for saves and evaluations left out."""
+
+    def __init__(self, assembly: Assembly):
+        config, model = assembly.config, assembly.model
+        device = assembly.runtime.layout.mesh.devices.flat[0]
+        dtype = str(assembly.runtime.dtype)
+        length = config.data.sequence_length
+        arguments = (config.model, model.vocabulary, length)
+        self.formula = flops.explain(*arguments, device.device_kind, dtype)
+        self._flops = flops.flops_per_token(*arguments)
+        self._peak = flops.peak_flops(device.device_kind, dtype)
+        self._devices = assembly.runtime.layout.mesh.size
+        self._tokens = config.data.batch_size * length
+        self.restart()
+
+    def restart(self) -> None:
+        self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def count(self, waited: float) -> None:
+        """A step was dispatched after `waited` seconds for its data."""
+        self._steps += 1
+        self._waited += waited
+
+    def pause(self, seconds: float) -> None:
+        self._began += seconds
+
+    def read(self) -> dict[str, float | None]:
+        """Means over the steps since the last reading."""
+        steps = max(self._steps, 1)
+        seconds = max(time.perf_counter() - self._began, 1e-9) / steps
+        speed = self._tokens / seconds
+        values = {
+            "step_seconds": seconds,
+            "data_wait_seconds": self._waited / steps,
+            "tokens_per_second": speed,
+            "tflops_per_device": self._flops * speed / self._devices / 1e12,
+            "mfu": flops.mfu(self._flops, speed, self._devices, self._peak),
+        }
+        self.restart()
+        return values
+
+
+def _by_id(corpora: Corpora, assembly: Assembly) -> np.ndarray:
+    """Bytes of text of every id of the model; ids beyond the tokenizer's stand for none."""
+    lengths = np.zeros(assembly.model.padded_vocabulary, np.int32)
+    known = corpora.tokenizer.byte_lengths()
+    lengths[: len(known)] = known
+    return lengths

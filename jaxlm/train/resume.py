@@ -1,0 +1,61 @@
+"""Where a run begins: from nothing, or from the newest valid checkpoint of its folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxlm.checkpoint.store import Store
+from jaxlm.config.errors import NoValidCheckpoint, UserError
+from jaxlm.train.assemble import Assembly
+from jaxlm.train.state import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The state a run begins with."""
+
+    state: State
+    step: int
+    """Steps done."""
+    position: int
+    """Samples consumed."""
+    seen_tokens: int
+    """Tokens consumed, padding included."""
+
+
+def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
+    """The step to continue from; None to begin anew.
+
+    Raises:
+        NoValidCheckpoint: `resume` is must and there is none, or there are some and none is valid.
+        UserError: `resume` is never and the folder holds checkpoints, which a new run would mix with its own.
+    """
+    held = store.steps()
+    if resume == "never":
+        if held:
+            raise UserError(
+                f"--resume=never, but {store.folder} holds checkpoints up to step {held[-1]}; "
+                "use another --run, or delete them"
+            )
+        return None
+    step = store.latest_valid(say)
+    if step is None and held:
+        raise NoValidCheckpoint(
+            f"none of the checkpoints {' '.join(map(str, held))} in {store.folder} is valid; "
+            "restore them from a copy, or begin anew with another --run"
+        )
+    if step is None and resume == "must":
+        raise NoValidCheckpoint(f"--resume=must, but {store.folder} holds no checkpoint; check --run")
+    return step
+
+
+def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
+    """Initialise, or restore `step` onto the mesh of `assembly`, whatever mesh it was saved from."""
+    if step is None:
+        return Start(state=assembly.init(), step=0, position=0, seen_tokens=0)
+    meta = store.meta(step)
+    return Start(
+        state=store.restore(step, assembly.plan.abstract),
+        step=step,
+        position=meta["position"],
+        seen_tokens=meta["seen_tokens"],
+    )

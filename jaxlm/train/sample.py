@@ -1,0 +1,29 @@
+"""The text a run writes at its end, to see what the loss means."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.generate.decode import generate
+from jaxlm.train.assemble import Assembly
+
+
+def write_sample(assembly: Assembly, tokenizer: Tokenizer, params: Any, folder: Path, step: int) -> str:
+    """Continue `eval.prompt` by `eval.sample_tokens` tokens, append the text to samples.txt and return it."""
+    config = assembly.config.eval
+    prompt = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
+    continuation = generate(
+        assembly.model,
+        params,
+        assembly.runtime,
+        [prompt],
+        max_new_tokens=config.sample_tokens,
+        temperature=0.8,
+        top_p=0.95,
+        seed=step,
+        eos_id=tokenizer.eos_id,
+    )[0]
+    text = tokenizer.decode([*prompt, *continuation])
+    with (folder / "samples.txt").open("a", encoding="utf-8") as file:
+        file.write(f"--- step {step} ---\n{text}\n")
+    return text
