@@ -7,9 +7,9 @@ Two orders of work, by `chunk`:
 - Chunks of the vocabulary: forward with an online log-sum-exp, backward from each chunk's logits made once more. Its
   memory does not grow with the vocabulary (as in Cut Cross-Entropy, https://arxiv.org/abs/2411.09009).
 
-On a mesh each device walks through blocks of its own tokens and chunks of its own columns. What it must share with
-others is kept apart by shard (dims G and S) and summed after the walk, so neither the logits nor the output matrix
-leaves its device, and no large all-reduce stands in a loop.
+On a mesh each device walks through blocks of its own tokens or chunks of its own columns. What it must add to that of
+others is kept apart by shard (dims G and S) and summed after the walk; only the head's gradient is summed chunk by chunk
+in the second order, so that no device holds it whole under fsdp. Neither the logits nor a vocabulary shard ever moves.
 
 Legend: N tokens, G shards of the tokens, L tokens of one shard, R one block of L, D embed, V vocabulary with padding,
 S shards of the vocabulary, W columns of one shard, C one chunk of W.
