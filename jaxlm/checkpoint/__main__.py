@@ -1,6 +1,7 @@
 """`python -m jaxlm.checkpoint`: look at the checkpoints of a run. Imports no jax, so it needs no accelerator."""
 
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,11 @@ def _show(folder: Path, steps: list[int]) -> int:
         raise NoValidCheckpoint(
             f"checkpoint {step} in {folder} is damaged: {error}; verify finds a sound one"
         ) from error
-    print(yaml.safe_dump({"step": step, "bytes": size, **record["meta"]}, sort_keys=False, allow_unicode=True), end="")
+    for key, value in {"step": step, "bytes": size, **record["meta"]}.items():
+        if isinstance(value, str) and "\n" in value:  # a resolved configuration: as the file it was
+            print(f"{key}:", textwrap.indent(value.rstrip(), "  "), sep="\n")
+        else:
+            print(yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True), end="")
     table = _table("leaf", "dtype", "shape", "elements")
     for name, leaf in record["leaves"].items():
         table.add_row(name, leaf["dtype"], str(leaf["shape"]), f"{math.prod(leaf['shape']):,}")

@@ -5,8 +5,11 @@ leaf (`params.blocks.mlp.up`) to its array, so reading it back never needs a Pyt
 """
 
 import contextlib
+import functools
 import json
+import logging
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -40,6 +43,7 @@ class Store:
             raise UserError(f"run folder {str(folder)!r}: checkpoints need a file system, not a bucket (--run)")
         if keep < 0 or keep_every < 0:
             raise UserError(f"checkpoint.keep={keep} and keep_every={keep_every} must be 0 or more (--checkpoint.keep)")
+        _say_errors_once()
         self.folder = Path(folder).absolute()
         self.keep, self.keep_every = keep, keep_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -264,6 +268,19 @@ def _flatten(tree: Any) -> dict[str, Any]:
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@functools.cache
+def _say_errors_once() -> None:
+    """Orbax hands a failed write to whoever waits for it, and logs and raises it in its thread too: drop those two."""
+    show = threading.excepthook
+
+    def show_others(error: threading.ExceptHookArgs) -> None:
+        if not type(error.thread).__module__.startswith("orbax.checkpoint"):
+            show(error)
+
+    threading.excepthook = show_others
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
 
 
 def _any_process(flag: bool) -> bool:

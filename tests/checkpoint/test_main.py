@@ -19,7 +19,11 @@ from jaxlm.config.errors import NoValidCheckpoint, UserError
 def run_folder(tmp_path):
     with closing(Store(tmp_path / "run" / "checkpoints")) as store:
         for step in (10, 20):
-            store.save(step, {"w": jnp.ones((8, 4)), "b": jnp.bfloat16([1.0])}, {"position": step, "mesh": "dp4,tp2"})
+            store.save(
+                step,
+                {"w": jnp.ones((8, 4)), "b": jnp.bfloat16([1.0])},
+                {"position": step, "mesh": "dp4,tp2", "config": "a: 1\nb:\n  c: 2\n"},
+            )
     return tmp_path / "run"
 
 
@@ -39,6 +43,7 @@ def test_list(run_folder, capsys):
 def test_show(run_folder, capsys):
     assert main(["show", str(run_folder)]) == 0
     out = capsys.readouterr().out
+    assert "config:\n  a: 1\n  b:\n    c: 2\n" in out
     assert "step: 20" in out and "mesh: dp4,tp2" in out and "jax: " in out
     assert ["w", "float32", "[8,", "4]", "32"] in [line.split() for line in out.splitlines()]
     main(["show", str(run_folder), "--step=10"])
