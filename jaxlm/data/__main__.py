@@ -51,11 +51,6 @@ class Show:
     """Characters to print of each."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """python -m jaxlm.data verify FOLDER: exit code 2 and its name if a file is not as it was written."""
-
-
 def main(argv: list[str]) -> None:
     verbs = {"prepare": _prepare, "show": _show, "verify": _verify}
     if not argv or argv[0] in ("-h", "--help"):
@@ -85,7 +80,8 @@ def _prepare(argv: list[str]) -> None:
 
 def _verify(argv: list[str]) -> None:
     folder, rest = _folder(argv, "verify")
-    load(Verify, rest)
+    if rest:
+        raise UserError(f"unexpected argument {rest[0][:80]!r}; verify takes only the folder")
     folder.verify(print)
     print(f"{folder.path}: whole")
 
@@ -109,7 +105,10 @@ def _show(argv: list[str]) -> None:
 
 def _folder(argv: list[str], verb: str) -> tuple[TokenFolder, list[str]]:
     if argv and argv[0] in ("-h", "--help"):
-        load({"verify": Verify, "show": Show}[verb], argv)
+        if verb == "show":
+            load(Show, argv)
+        print(USAGE)
+        raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise UserError(f"name the token folder: python -m jaxlm.data {verb} FOLDER")
     return TokenFolder(argv[0]), argv[1:]

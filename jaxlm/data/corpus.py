@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -161,7 +161,8 @@ def _prepare_raw(config: DataConfig) -> list[TokenFolder]:
     opened = {path: TokenFolder(path) for path in config.path if is_token_folder(path)}
     raw = {path: sources.find(path) for path in config.path if path not in opened}
     inputs = [source for path in raw for source in raw[path]]
-    make = functools.cache(lambda: make_tokenizer(config.tokenizer, config.vocabulary, inputs, config.text_key))
+    trained = functools.cache(lambda: make_tokenizer(config.tokenizer, config.vocabulary, inputs, config.text_key))
+    make: Callable[[], Tokenizer] = trained
     settings = tokenizer_settings(config.tokenizer, config.vocabulary)
     for path, folder in opened.items():
         if config.tokenizer != "bpe" and folder.tokenizer_sha256 != settings["tokenizer"]:

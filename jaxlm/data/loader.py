@@ -83,35 +83,31 @@ class Batches(Iterator[tuple[int, dict[str, jax.Array], float]]):
 
     def __init__(self, make: Callable[[int], dict[str, jax.Array]], positions: range, prefetch: int):
         self._make, self._positions, self._after = make, iter(positions), positions.step
-        self._queue: queue.Queue[Any] | None = None
+        self._thread: _Thread | None = None
         if prefetch:
-            # One batch waits in the thread's hands, the others in the queue.
-            self._queue, self._closed = queue.Queue(max(prefetch - 1, 1)), threading.Event()
-            arguments = (make, positions, self._queue, self._closed)
-            self._thread = threading.Thread(target=_produce, args=arguments, name="jaxlm-data", daemon=True)
+            self._thread = _Thread(make, positions, prefetch)
             self._thread.start()
             # The thread knows nothing of this object, so that forgetting it stops the thread too.
-            self._finalizer = weakref.finalize(self, _stop, self._thread, self._queue, self._closed)
+            self._stop = weakref.finalize(self, self._thread.stop)
 
     def __next__(self) -> tuple[int, dict[str, jax.Array], float]:
         began = time.perf_counter()
-        if self._queue is None:
+        if self._thread is None:
             position = next(self._positions)
-            return position + self._after, self._make(position), time.perf_counter() - began
-        if self._closed.is_set():
-            raise StopIteration
-        item = self._queue.get()
-        if item is None or isinstance(item, BaseException):
-            self.close()
-            raise item or StopIteration
-        position, batch = item
+            batch = self._make(position)
+        else:
+            item = self._thread.get()
+            if item is None or isinstance(item, BaseException):
+                self.close()
+                raise item or StopIteration
+            position, batch = item
         return position + self._after, batch, time.perf_counter() - began
 
     def close(self) -> None:
         """Stop the thread and wait for it; nothing comes after."""
         self._positions = iter(())
-        if self._queue is not None:
-            self._finalizer()
+        if self._thread is not None:
+            self._stop()
 
     def __enter__(self) -> "Batches":
         return self
@@ -171,31 +167,36 @@ def _device_batch(
     }
 
 
-def _produce(
-    make: Callable[[int], dict[str, jax.Array]], positions: range, ready: queue.Queue[Any], closed: threading.Event
-) -> None:
-    try:
-        for position in positions:
-            if not _put((position, make(position)), ready, closed):
-                return
-        _put(None, ready, closed)
-    except BaseException as error:  # whatever it is, it belongs to the consumer, who would wait for ever otherwise
-        _put(error, ready, closed)
+class _Thread(threading.Thread):
+    """Makes batches while at most `ahead` of them wait to be taken."""
 
+    def __init__(self, make: Callable[[int], dict[str, jax.Array]], positions: range, ahead: int):
+        super().__init__(name="jaxlm-data", daemon=True)
+        self._make, self._positions = make, positions
+        self._room, self._closed = threading.Semaphore(ahead), False
+        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-def _put(item: object, ready: queue.Queue[Any], closed: threading.Event) -> bool:
-    while not closed.is_set():
+    def run(self) -> None:
         try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False
+            for position in self._positions:
+                self._room.acquire()
+                if self._closed:
+                    break
+                self._ready.put((position, self._make(position)))
+            self._ready.put(None)
+        except BaseException as error:  # whatever it is, it is the consumer's, who would wait for ever otherwise
+            self._ready.put(error)
 
+    def get(self) -> Any:
+        """(position, batch), an error, or None at the end."""
+        item = None if self._closed else self._ready.get()
+        self._room.release()
+        return item
 
-def _stop(thread: threading.Thread, ready: queue.Queue[Any], closed: threading.Event) -> None:
-    closed.set()
-    thread.join()
+    def stop(self) -> None:
+        self._closed = True
+        self._room.release()
+        self.join()
 
 
 def _order(first_rows: list[int], weights: tuple | list, seed: int) -> grain.MapDataset:

@@ -7,7 +7,6 @@ nothing that does: workers start fast.
 """
 
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -199,9 +198,9 @@ def _in_order(
         waiting.append((name, None if name in done else submit(texts)))
         if len(waiting) >= limit:
             name, future = waiting.popleft()
-            yield name, future and future.result()
+            yield name, future.result() if future else None
     for name, future in waiting:
-        yield name, future and future.result()
+        yield name, future.result() if future else None
 
 
 @contextmanager
@@ -218,7 +217,7 @@ def _pool(folder: Path, tokenizer: Tokenizer, workers: int) -> Iterator[Callable
     context = multiprocessing.get_context("spawn")  # fork would copy the tokenizer's and jax's threads half dead
     with ProcessPoolExecutor(workers, context, _start_worker, (str(folder),)) as executor:
         try:
-            yield functools.partial(executor.submit, _work)
+            yield lambda texts: executor.submit(_work, texts)
         except BrokenProcessPool:
             cure = "run the same command again with fewer --workers; finished shards are kept"
             raise CommandError(f"a tokenizing process died (out of memory?); {cure}") from None

@@ -189,9 +189,9 @@ class _Zstd(io.RawIOBase):
         except ImportError:
             raise UserError(f"{source.path} needs zstandard: pip install 'jaxlm[zstd]'") from None
         self._file, self._left, self._ready = file, b"", memoryview(b"")
-        self._decompressor = zstandard.ZstdDecompressor
+        self._new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
         self._error = zstandard.ZstdError
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
 
     def readable(self) -> bool:
         return True
@@ -203,13 +203,12 @@ class _Zstd(io.RawIOBase):
                 return 0
             if not self._left:
                 raise EOFError("it ends inside a zstd frame")
-            self._frame = self._frame or self._decompressor().decompressobj()
+            frame = self._frame or self._new_frame()
             try:
-                self._ready = memoryview(self._frame.decompress(self._left))
+                self._ready = memoryview(frame.decompress(self._left))
             except self._error as error:
                 raise EOFError(str(error)) from None
-            self._left = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
+            self._left, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]

@@ -56,7 +56,7 @@ class Tokenizer(ABC):
     """Ends a document."""
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         """Ids of each text, without special tokens; uses the machine's cores where the library can."""
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Bytes(Tokenizer):
     vocabulary_size = 257
     eos_id = 256
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -121,7 +121,7 @@ class HuggingFace(Tokenizer):
         self.eos_id = vocabulary[eos]
         self.vocabulary_size = max(vocabulary.values()) + 1
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -173,7 +173,7 @@ class Tiktoken(Tokenizer):
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: self.eos_id}
         )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         return self._encoding.encode_ordinary_batch(list(texts))
 
     def decode(self, ids: Iterable[int]) -> str:

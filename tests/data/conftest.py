@@ -17,22 +17,6 @@ def texts():
     """40 documents of very uneven length, with text that is easily mangled."""
     chance = random.Random(0)
     words = ["def", "return", "self", "é", "ü", "漢字", "🙂", "\t", "\n\n", "", "<|endoftext|>", "</s>", "x=1", "\r\n"]
-        "def",
-        "return",
-        "self",
-        "é",
-        "ü",
-        "漢字",
-        "🙂",
-        "\t",
-        "\n\n",
-        "",
-        "<|endoftext|>",
-        "</s>",
-        "x=1",
-        "0123",
-        "\r\n",
-    ]
     return [" ".join(chance.choices(words, k=int(2 ** chance.uniform(1, 9)))) for _ in range(40)]
 
 
