@@ -48,7 +48,11 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 
 
 def check(config: RunConfig, spec: MeshSpec) -> None:
-    """Raise UserError for the first thing in `config` that cannot work on the resolved mesh `spec`."""
+    """Raise UserError for the first thing in `config` that cannot work on the mesh `spec`.
+
+    A size that is still to be inferred counts as 1, so that most mistakes show before any device is asked for.
+    """
+    spec = MeshSpec(sizes={axis: max(size, 1) for axis, size in spec.sizes.items()})
     for problem in (*_ranges(config), *_model(config.model), *_data(config), *_training(config), *_mesh(config, spec)):
         raise UserError(problem)
 

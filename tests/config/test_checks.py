@@ -83,6 +83,14 @@ def test_what_cannot_work(argv, parts):
     assert len(message) < 400
 
 
+def test_a_mesh_that_is_not_resolved_yet():
+    config = load(RunConfig, ["--mesh=dp-1,tp2"])[0]
+    check(config, mesh_spec.parse(config.mesh))
+    config = load(RunConfig, ["--mesh=dp-1,tp3"])[0]
+    with pytest.raises(UserError, match="tp 3"):
+        check(config, mesh_spec.parse(config.mesh))
+
+
 def test_the_cures_named_for_the_batch_and_the_heads_work():
     check_run("--mesh=dp2,fsdp2", "--train.microbatches=3", "--data.batch-size=12")
     check_run("--mesh=tp3", "--model.heads=3", "--model.embed=96", "--model.mlp=513")
