@@ -8,10 +8,11 @@ import bisect
 import functools
 import hashlib
 import queue
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -42,7 +43,7 @@ class Loader:
         """Rows of all corpora together; an epoch has each once (with data.weights: as many, in those shares)."""
         # Held-out order is not the seed's business: runs with other seeds are evaluated on the same samples.
         seed = config.seed if split == "train" else 0
-        self._order = _order(self._first_rows, config.weights and [c.weight for c in used], seed)
+        self._order = _order(self._first_rows, [c.weight for c in used if c.weight is not None], seed)
 
     def rows(self, position: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the batch whose first sample is number `position`."""
@@ -199,19 +200,40 @@ class _Thread(threading.Thread):
         self.join()
 
 
-def _order(first_rows: list[int], weights: tuple | list, seed: int) -> grain.MapDataset:
+class _Shuffled:
+    """Every row of `rows`, epoch after epoch, each in its own order; like Grain's shuffle, for few rows.
+
+    Grain's walks through a block of 2^16 whatever the number of rows: milliseconds a sample where there are few.
+    """
+
+    def __init__(self, rows: range, seed: int):
+        self._rows = rows
+        # RandomState is the generator whose stream NumPy promises never to change.
+        self._epoch = functools.lru_cache(8)(lambda n: np.random.RandomState(_seed(seed, n)).permutation(len(rows)))
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> int:
+        epoch, i = divmod(index, len(self._rows))
+        return self._rows[self._epoch(epoch)[i]]
+
+
+def _order(first_rows: list[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
     """Sample number -> row, counted through all corpora. Each epoch has its own order."""
     ranges = [range(*pair) for pair in zip(first_rows[:-1], first_rows[1:], strict=True)]
     if not weights:
         ranges = [range(first_rows[0], first_rows[-1])]
     datasets = [
-        grain.MapDataset.range(rows.start, rows.stop).shuffle(seed=_seed(seed, i)).repeat()
+        grain.MapDataset.source(_Shuffled(rows, _seed(seed, i)))
+        if len(rows) < 2**16
+        else grain.MapDataset.range(rows.start, rows.stop).shuffle(seed=_seed(seed, i)).repeat()
         for i, rows in enumerate(ranges)
     ]
     return grain.MapDataset.mix(datasets, weights=weights) if len(datasets) > 1 else datasets[0]
 
 
-def _seed(seed: int, corpus: int) -> int:
-    """32 bits for Grain, which counts epochs on from the seed: hashing keeps epoch 1 of seed 0 from being epoch 0 of
-    seed 1, and corpora of one size out of step."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {corpus}".encode(), digest_size=4).digest(), "little")
+def _seed(seed: int, of: int) -> int:
+    """32 bits for corpus or epoch number `of`. Hashed, because Grain counts epochs on from its seed: epoch 1 of seed 0
+    must not be epoch 0 of seed 1, nor two corpora run in step."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {of}".encode(), digest_size=4).digest(), "little")

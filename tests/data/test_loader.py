@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.config.errors import UserError
 from jaxlm.config.schema import DataConfig
 from jaxlm.data.corpus import open_corpora
-from jaxlm.data.loader import Loader, batches
+from jaxlm.data.loader import Loader, _order, batches
 from jaxlm.data.store import TokenFolder
 
 NAMES = {"tokens", "targets", "segment_ids", "positions", "loss_mask"}
@@ -105,6 +105,26 @@ def test_each_epoch_has_the_same_samples_in_its_own_order(corpora, config):
     assert sorted(other.sample_ids(0, n)) == sorted(first)
     assert other.sample_ids(0, n) not in (first, second)
     assert not equal(loader.rows(0, 0, n), loader.rows(n, 0, n))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 1000, 2**16])
+def test_order_of_any_number_of_rows(rows):
+    """Below and above the number from which Grain shuffles."""
+    order = _order([0, rows], [], 3)
+    epochs = [[int(order[i]) for i in range(e * rows, (e + 1) * rows)] for e in range(2 if rows < 2**16 else 1)]
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert rows < 4 or len({tuple(range(rows)), *map(tuple, epochs)}) == 1 + len(epochs)
+    assert 0 <= order[10**14] < rows
+
+
+def test_seeds_and_epochs_have_orders_of_their_own():
+    orders = [_order([0, rows], [], seed) for rows in (100, 2**16) for seed in range(4)]
+    epochs = [
+        tuple(int(order[e * n + i]) for i in range(50))
+        for order, n in zip(orders, [100] * 4 + [2**16] * 4, strict=True)
+        for e in range(4)
+    ]
+    assert len(set(epochs)) == len(epochs)
 
 
 def test_far_positions_cost_nothing(corpora, config):
