@@ -26,8 +26,8 @@ FORMAT = 1
 
 _LARGEST_JSON_BYTES = 64 * 2**20  # a manifest is about 150 bytes a file: anything near this is not ours
 _HASH_THREADS = 4
-_STEP = re.compile(r"0|[1-9]\d{0,17}")
-_ATTEMPT = re.compile(r"save-([1-9]\d{0,8})")
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+_ATTEMPT = re.compile(r"save-[1-9][0-9]{0,8}")
 
 
 class Damaged(ValueError):
@@ -47,7 +47,7 @@ def incomplete(folder: Path) -> list[int]:
 def attempt(folder: Path, step: int) -> int:
     """Number of the save that the manifest of `step` vouches for; 0 if no manifest can be read."""
     try:
-        return int(_ATTEMPT.fullmatch(_read(folder, step)["save"])[1])
+        return int(_read(folder, step)["save"].removeprefix("save-"))
     except (Damaged, OSError):
         return 0
 

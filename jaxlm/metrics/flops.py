@@ -113,6 +113,7 @@ def explain(model: ModelConfig, vocabulary: int, sequence_length: int, device_ki
     attention = attention_flops_per_token(model, sequence_length)
     total = flops_per_token(model, vocabulary, sequence_length)
     peak = peak_flops(device_kind, dtype)
+    work = f"{total / 1e9:.2f} GFLOP" if total >= 1e9 else f"{total / 1e6:.1f} MFLOP"
     of_peak = (
         f"peak {peak / 1e12:g} TFLOP/s a device ({device_kind}, {dtype}, dense)"
         if peak
@@ -120,7 +121,7 @@ def explain(model: ModelConfig, vocabulary: int, sequence_length: int, device_ki
     )
     return (
         f"6 x {parameters / 1e6:.1f}M matmul parameters + {attention / 1e6:.1f} MFLOP attention (causal half) "
-        f"= {total / 1e9:.3f} GFLOP a token; {of_peak}"
+        f"= {work} a token; {of_peak}"
     )
 
 

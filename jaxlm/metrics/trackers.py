@@ -68,8 +68,10 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and close everything; harmless twice."""
-        for open_ in (*self._files.values(), *self._sinks):
-            open_.close()
+        for file in self._files.values():
+            file.close()
+        for sink in self._sinks:
+            sink.close()
         self._files, self._sinks = {}, []
 
 

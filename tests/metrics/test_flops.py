@@ -14,6 +14,7 @@ from jaxlm.metrics.flops import (
     parameter_count,
     peak_flops,
 )
+from jaxlm.models.build import build
 
 GPT2 = ModelConfig(layers=12, embed=768, heads=12, mlp=3072)
 LLAMA_8B = ModelConfig(
@@ -110,5 +111,21 @@ def test_mfu():
 
 def test_explain_shows_the_arithmetic_and_the_peak():
     line = explain(GPT2, 50257, 1024, "NVIDIA H200", "bfloat16")
-    assert "6 x 123.5M" in line and "0.798 GFLOP a token" in line and "peak 989 TFLOP/s" in line
+    assert "6 x 123.5M" in line and "= 797.8 MFLOP a token" in line and "peak 989 TFLOP/s" in line
     assert "no mfu" in explain(GPT2, 50257, 1024, "cpu", "float32")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"kv_heads": 1, "head_size": 48, "gated": True, "tied": False, "positions": "rotary"},
+        {"norm": "rms", "norm_placement": "sandwich", "qk_norm": "head", "qkv_bias": False},
+        {"norm": "rms", "norm_placement": "post", "qk_norm": "projection", "kv_heads": 2, "mlp_bias": False},
+        {"output_bias": False, "positions": "none", "mlp": 100},
+    ],
+)
+def test_parameter_count_is_that_of_the_model_built(change):
+    config = ModelConfig(**change)
+    leaves = jax.tree.leaves(build(config, 256).abstract)
+    assert parameter_count(config, 256) == sum(leaf.size for leaf in leaves)
