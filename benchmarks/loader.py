@@ -4,8 +4,8 @@
 
 Each figure is the median of several runs, taken in turn so that a busy moment hits them all; the CPU figure counts the
 CPU time of all threads instead of the clock, and so survives a machine that others use. "rows" is the loader alone;
-"batches" adds device arrays, made when asked for (prefetch 0) or by the prefetch thread; "grain threads" lets Grain read
-single samples with its own threads, which does not pay: a sample is microseconds of Python under one lock.
+"batches" adds device arrays, made when asked for (prefetch 0) or by the prefetch thread; "grain threads" lets Grain
+read single samples with its own threads, which does not pay: a sample is microseconds of Python under one lock.
 """
 
 import itertools

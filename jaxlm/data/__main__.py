@@ -121,7 +121,7 @@ def _cores() -> int:
 def _summary(folder: TokenFolder) -> str:
     name = type(folder.tokenizer).__name__
     lines = [
-        f"{folder.path}: {folder.documents:,} documents, {folder.tokens:,} tokens in {len(folder.shards)} shards",
+        f"{folder.path}: {folder.documents:,} documents, {folder.tokens:,} tokens; shards: {len(folder.shards)}",
         f"tokenizer: {name}, vocabulary {folder.vocabulary:,}, stored as {folder.dtype.name}",
         f"source: {folder.source_bytes:,} bytes, {folder.source_bytes / folder.tokens:.2f} bytes/token",
     ]

@@ -75,6 +75,10 @@ def prepare(
                 return output
             raise UserError(f"{output} exists and was not made by this command; remove it or name another --output")
         _start_or_resume(staging, {**request, "times": sources.fingerprint(inputs, times=True)})
+        kept = len(list(staging.glob("shard-*.json")))
+        megabytes = sum(source.size_bytes for source in inputs) / 1e6
+        after = f", after {kept} finished shards" if kept else ""
+        _say(f"preparing {output} from {megabytes:,.1f} MB of files{after}")
         tokenizer = _tokenizer(staging / "tokenizer", make_tokenizer)
         shards, notes = _write_shards(staging, inputs, tokenizer, text_key, workers, shard_characters)
         index = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "source_bytes")}
@@ -110,7 +114,7 @@ def _lock(staging: Path, output: Path) -> io.TextIOBase | None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that prepares {output}", file=sys.stderr, flush=True)
+            _say(f"waiting for another process that prepares {output}")
             fcntl.flock(file, fcntl.LOCK_EX)
         # The holder before us may have renamed the folder, lock and all: then this one guards nothing.
         with suppress(FileNotFoundError):
@@ -310,6 +314,10 @@ def _progress(total_bytes: int | None) -> Iterator[Callable[[int], None]]:
             shown = now
             of = f" of {total_bytes / 1e6:,.0f}" if total_bytes else ""
             rate = done / 1e6 / (now - started)
-            print(f"tokenized {done / 1e6:,.0f}{of} MB ({rate:.1f} MB/s)", file=sys.stderr, flush=True)
+            _say(f"tokenized {done / 1e6:,.0f}{of} MB ({rate:.1f} MB/s)")
 
     yield advance
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

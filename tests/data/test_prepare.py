@@ -94,7 +94,8 @@ def test_killed_and_run_again(big, reference, tmp_path):
             os.killpg(process.pid, 0)
             time.sleep(0.05)
     (staging / "shard-00019.tokens").write_bytes(b"torn")
-    subprocess.run(command(big, tmp_path / "tokens", 2), cwd=ROOT, check=True, capture_output=True)
+    again = subprocess.run(command(big, tmp_path / "tokens", 2), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert f"after {len(finished)} finished shards" in again.stderr
     assert tree(tmp_path / "tokens") == reference
     for path, written in finished.items():
         assert (tmp_path / "tokens" / path.with_suffix(".tokens").name).stat().st_mtime_ns == written
