@@ -224,9 +224,9 @@ class Store:
 
     def _compare(self, step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any], partial: bool) -> None:
         cure = "use the configuration it was saved with (config.yaml in the run folder) or another --run"
-        for name in wanted.keys() - saved.keys():
+        for name in sorted(wanted.keys() - saved.keys()):
             raise UserError(f"checkpoint {step} has no leaf {name}, which this run has; {cure}")
-        for name in () if partial else saved.keys() - wanted.keys():
+        for name in () if partial else sorted(saved.keys() - wanted.keys()):
             raise UserError(f"checkpoint {step} has a leaf {name}, which this run has not; {cure}")
         for name, leaf in wanted.items():
             there = f"{saved[name]['dtype']}{saved[name]['shape']}"
