@@ -38,6 +38,6 @@ def check_streak(streak: int, limit: int, step: int) -> None:
     """Raise Diverged when `limit` steps in a row were not finite and so changed nothing."""
     if streak >= limit:
         raise Diverged(
-            f"loss or gradients were not finite in the last {streak} steps up to step {step}; they were skipped and the "
-            "checkpoints are sound: lower --optimizer.learning-rate, or look at the data around that step"
+            f"loss or gradients were not finite in the last {streak} steps up to step {step}; they changed nothing; "
+            "the checkpoints are sound: lower --optimizer.learning-rate, or look at the data around that step"
         )

@@ -16,7 +16,7 @@ MATRICES = ("kernel", "embedding")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step (0-based): linear warmup to the peak, then the configured shape over the rest of `steps`."""
+    """Learning rate by step (0-based): linear warmup to the peak, then the chosen shape over the rest of `steps`."""
     peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
     rest = max(steps - warmup, 1)
     cooldown = max(round(config.decay_fraction * steps), 1)
@@ -100,7 +100,7 @@ def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule` with each layer of the stacked blocks seen as arrays of its own: what it factors and averages is a matrix."""
+    """`rule` with each layer of the stacked blocks as arrays of its own: what it factors and averages is a matrix."""
 
     def init(params: Any) -> Any:
         return jax.vmap(rule.init)(params)

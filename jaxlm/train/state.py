@@ -13,7 +13,7 @@ from jaxlm.models.build import Model
 from jaxlm.parallel.rules import Layout, spread
 
 State = dict[str, Any]
-"""params, optimizer, step (int32: updates tried), skipped and streak (int32), and loss_scale where compute is float16."""
+"""params, optimizer, step (int32: updates tried), skipped and streak (int32); with float16 compute, loss_scale."""
 
 INITIAL_LOSS_SCALE = 2.0**15
 

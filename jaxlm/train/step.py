@@ -70,6 +70,7 @@ def loss_sums(
         softcap=model.config.logit_softcap,
         transposed=transposed,
         shards=runtime.layout.axis_size("vocab"),
+        token_shards=runtime.layout.axis_size("batch", "sequence"),
     )
 
 
@@ -193,7 +194,7 @@ def compile_step(
 def eval_step(
     model: Model, config: RunConfig, runtime: Runtime
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """(params, batch, byte_lengths [V]) -> summed cross-entropy in nats, counted tokens, bytes of text they stand for."""
+    """(params, batch, byte_lengths [V]) -> summed cross-entropy in nats, counted tokens, bytes of their text."""
 
     def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         total, count = loss_sums(model, params, batch, runtime, config, plain=True)

@@ -1,0 +1,185 @@
+"""The parity battery: what a configuration computes on one device, on any mesh, and how far apart the two are."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm.config.mesh_spec import parse
+from jaxlm.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from jaxlm.parallel import mesh as meshes
+from jaxlm.train import step as steps
+from jaxlm.train.assemble import Assembly, assemble
+
+LOSS, GRADIENT, PARAMETER = 1e-5, 1e-4, 1e-5
+"""What is promised: loss, relative; gradient of each leaf, relative to its norm; parameters after three steps."""
+
+VOCABULARY = 250
+"""Padded to 256: the padding takes part in every sharding."""
+
+GPT = ModelConfig(layers=2, embed=128, heads=4, mlp=256, max_positions=32)
+LLAMA = ModelConfig(
+    layers=3,
+    embed=128,
+    heads=4,
+    kv_heads=2,
+    mlp=256,
+    gated=True,
+    activation="silu",
+    norm="rms",
+    positions="rotary",
+    qkv_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    tied=False,
+    windows=(8, 0),
+    qk_norm="head",
+)
+STYLES = {"gpt": GPT, "llama": LLAMA}
+
+
+class Result(NamedTuple):
+    """What one mesh computed, on the host."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    losses: list[float]
+    """Of three steps."""
+    parameters: dict[str, np.ndarray]
+    """After three steps."""
+
+
+class Errors(NamedTuple):
+    """Worst relative errors between two results, with the leaf."""
+
+    loss: float
+    gradient: tuple[float, str]
+    parameter: tuple[float, str]
+
+    def check(self) -> None:
+        assert self.loss <= LOSS, self
+        assert self.gradient[0] <= GRADIENT, self
+        assert self.parameter[0] <= PARAMETER, self
+
+
+def configuration(style: str | ModelConfig, optimizer: str = "adamw", **changes: Any) -> RunConfig:
+    """A small run; `changes` are dotted keys with dots as double underscores."""
+    model = STYLES[style] if isinstance(style, str) else style
+    config = RunConfig(
+        model=dataclasses.replace(model, vocabulary=VOCABULARY),
+        data=DataConfig(sequence_length=32, batch_size=16),
+        optimizer=OptimizerConfig(name=optimizer, learning_rate=1e-3, warmup_steps=2),
+        train=TrainConfig(steps=10),
+    )
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            value = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: value})
+    return config
+
+
+def build(config: RunConfig, mesh: str) -> Assembly:
+    """The parts of a run on the first devices of this process."""
+    spec = parse(mesh)
+    return assemble(config, meshes.from_devices(spec, jax.devices()[: spec.device_count]), None)
+
+
+def batch(config: RunConfig, seed: int) -> dict[str, np.ndarray]:
+    """Packed rows of random tokens: documents, padding, and masks that leave the rows very unequal."""
+    random = np.random.default_rng(seed)
+    size, length = config.data.batch_size, config.data.sequence_length
+    cuts = np.sort(random.integers(1, length, (size, 2)), axis=1)
+    at = np.arange(length)[None]
+    segments = 1 + (at >= cuts[:, :1]) + (at >= cuts[:, 1:])
+    segments = np.where((segments == 3) & (np.arange(size)[:, None] % 3 == 0), 0, segments)
+    starts = np.where(segments == 1, 0, np.where(segments == 2, cuts[:, :1], cuts[:, 1:]))
+    kept = random.random((size, length)) < np.linspace(0.05, 1.0, size)[:, None]
+    vocabulary = config.model.vocabulary
+    return {
+        "tokens": random.integers(0, vocabulary, (size, length)).astype(np.int32),
+        "targets": random.integers(0, vocabulary, (size, length)).astype(np.int32),
+        "segment_ids": segments.astype(np.int32),
+        "positions": (at - starts).astype(np.int32),
+        "loss_mask": (kept & (segments > 0)).astype(np.float32),
+    }
+
+
+def place(assembly: Assembly, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {name: jax.device_put(value, assembly.batch[name].sharding) for name, value in arrays.items()}
+
+
+def gradients(assembly: Assembly, params: Any, arrays: dict[str, np.ndarray]) -> tuple[float, Any]:
+    """Mean loss and its gradients, as the step computes them."""
+    fn = functools.partial(
+        steps.gradients, assembly.model, runtime=assembly.runtime, config=assembly.config,
+        shardings=assembly.plan.gradients,
+    )  # fmt: skip
+    grads, total, count = jax.jit(lambda params, batch: fn(params, batch))(params, place(assembly, arrays))
+    return float(total) / float(count), grads
+
+
+def measure(config: RunConfig, mesh: str) -> Result:
+    """Loss and gradients of the fresh model, then three real steps."""
+    assembly = build(config, mesh)
+    state = assembly.init()
+    loss, grads = gradients(assembly, state["params"], batch(config, 0))
+    found = flat(grads)
+    compiled, losses = assembly.compile(), []
+    for seed in range(3):
+        state, metrics = compiled(state, place(assembly, batch(config, seed)))
+        losses.append(float(metrics["loss"]))
+    return Result(loss, found, losses, flat(state["params"]))
+
+
+@functools.cache
+def on_one_device(config: RunConfig) -> Result:
+    """The reference: plain, one device, no accumulation, nothing recomputed, nothing sharded."""
+    plain = dataclasses.replace(
+        config,
+        remat="none",
+        attention="reference",
+        train=dataclasses.replace(config.train, microbatches=1),
+        optimizer=dataclasses.replace(config.optimizer, shard="none"),
+    )
+    return measure(plain, "dp1")
+
+
+def compare(found: Result, wanted: Result) -> Errors:
+    """Errors of `found` against `wanted`."""
+    losses = [found.loss, *found.losses], [wanted.loss, *wanted.losses]
+    return Errors(
+        loss=max(abs(a - b) / abs(b) for a, b in zip(*losses, strict=True)),
+        gradient=max((relative(found.gradients[name], g), name) for name, g in wanted.gradients.items()),
+        parameter=max((distance(found.parameters[name], p), name) for name, p in wanted.parameters.items()),
+    )
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| over |b|, 2-norms; 0 where both are all zeros."""
+    size = float(np.linalg.norm(b))
+    error = float(np.linalg.norm(a - b))
+    return error / size if size else error
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Relative to the norm of the leaf, or the largest difference of an element if that is less.
+
+    A bias or offset scale begins at zero: after three steps its norm is three updates, to which Adam's division by
+    the root of a tiny second moment lends the rounding of the gradient; its absolute error is what matters.
+    """
+    return min(relative(a, b), float(np.abs(a - b).max()))
+
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x) for path, x in leaves}
+
+
+def leaf_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
