@@ -8,8 +8,8 @@ Two orders of work, by `chunk`:
   memory does not grow with the vocabulary (as in Cut Cross-Entropy, https://arxiv.org/abs/2411.09009).
 
 On a mesh each device walks through blocks of its own tokens or chunks of its own columns. What it must add to that of
-others is kept apart by shard (dims G and S) and summed after the walk; only the head's gradient is summed chunk by chunk
-in the second order, so that no device holds it whole under fsdp. Neither the logits nor a vocabulary shard ever moves.
+others is kept apart by shard (dims G and S) and summed after the walk; only the head's gradient is summed chunk by
+chunk in the second order, so that no device holds it whole under fsdp. Neither logits nor a vocabulary shard ever move.
 
 Legend: N tokens, G shards of the tokens, L tokens of one shard, R one block of L, D embed, V vocabulary with padding,
 S shards of the vocabulary, W columns of one shard, C one chunk of W.
@@ -29,8 +29,8 @@ BLOCK_LOGITS = 1 << 20
 """Logits of one block of tokens on one device (4 MiB), which a CPU's cache holds ..."""
 
 BLOCK_WIDTHS = 4
-"""... but no fewer tokens than this many times D: a block rewrites the [D, V] gradient of the head, which must stay cheap
-beside its passes over [R, V] logits."""
+"""... but no fewer tokens than this many times D: a block rewrites the [D, V] gradient of the head, which must stay
+cheap beside its passes over [R, V] logits."""
 
 
 class _Terms(NamedTuple):
@@ -77,7 +77,8 @@ def cross_entropy(
     width = head.shape[0] if transposed else head.shape[1]
     if width % shards or x_ND.shape[0] % token_shards or not 0 < vocabulary <= width:
         raise ValueError(
-            f"cross_entropy: {x_ND.shape[0]} tokens in {token_shards} shards, {vocabulary} columns of {width} in {shards}"
+            f"cross_entropy: {x_ND.shape[0]} tokens in {token_shards} shards and "
+            f"{vocabulary} of {width} columns in {shards} shards do not fit"
         )
     local = width // shards
     split = (shards, local, head.shape[1]) if transposed else (head.shape[0], shards, local)
@@ -167,7 +168,7 @@ _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 
 
 def _add_chunk(sums, logits_GRSC, start, targets_GR, terms, local=None):
-    """Running (largest logit, sum of exponentials relative to it, the target's logit, sum of logits), [G, R, S] each."""
+    """Running [G, R, S] of: largest logit, sum of exponentials relative to it, the target's logit, sum of logits."""
     shards, size = logits_GRSC.shape[2:]
     ids_SC, padded = _ids(shards, local or size, start, size), shards * (local or size) > terms.vocabulary
     masked = jnp.where(_wide(ids_SC < terms.vocabulary), logits_GRSC, HIDDEN) if padded else logits_GRSC

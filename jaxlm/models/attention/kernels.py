@@ -97,7 +97,8 @@ def _on_shards(local, mesh, q_BTNH, k_BTKH, v_BTKH, segments_BT):
     if mesh is None:
         return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     free = [name for name in mesh.axis_names if name not in manual]
-    batch = tuple(name for name in BATCH_AXES if name in free) or None
+    # An axis that is not mentioned costs an all-reduce of the gradients, even where its size is 1.
+    batch = tuple(a for a in free if a in BATCH_AXES or (a != HEAD_AXIS and mesh.shape[a] == 1)) or None
     heads = PartitionSpec(batch, None, HEAD_AXIS if HEAD_AXIS in free else None, None)
     # check_vma is off because a kernel's outputs do not say over which axes they vary.
     return jax.shard_map(

@@ -97,7 +97,7 @@ def _backward(scale, window, softcap, residuals, do_BTNH):
     dtype, length = q_BKGTH.dtype, q_BKGTH.shape[3]
     do_BKGTH = _grouped(do_BTNH, k_BKTH.shape[1])
     delta_BKGT1 = (do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    dq_blocks, dk_BKTH, dv_BKTH = [], 0.0, 0.0
+    dq_blocks, dk_BKHT, dv_BKHT = [], 0.0, 0.0
     for block in query_blocks(length, window):
         first, end, start = block
         q, do = q_BKGTH[:, :, :, first:end], do_BKGTH[:, :, :, first:end]
@@ -107,10 +107,11 @@ def _backward(scale, window, softcap, residuals, do_BTNH):
         dlogits = weights * (_matmul("bkgth,bksh->bkgts", do, v) - delta_BKGT1[:, :, :, first:end])
         dlogits = (dlogits if slope is None else dlogits * slope).astype(dtype)
         dq_blocks.append((_matmul("bkgts,bksh->bkgth", dlogits, k) * scale).astype(dtype))
-        around = ((0, 0), (0, 0), (start, length - end), (0, 0))
-        dk_BKTH += jnp.pad(_matmul("bkgts,bkgth->bksh", dlogits, q), around)
-        dv_BKTH += jnp.pad(_matmul("bkgts,bkgth->bksh", weights.astype(dtype), do), around)
-    dk_BTKH, dv_BTKH = (grad.transpose(0, 2, 1, 3).astype(dtype) for grad in (dk_BKTH, dv_BKTH))
+        # As [H, S]: a matmul turns its left side around, and q is smaller than the [T, S] weights.
+        around = ((0, 0), (0, 0), (0, 0), (start, length - end))
+        dk_BKHT += jnp.pad(_matmul("bkgth,bkgts->bkhs", q, dlogits), around)
+        dv_BKHT += jnp.pad(_matmul("bkgth,bkgts->bkhs", do, weights.astype(dtype)), around)
+    dk_BTKH, dv_BTKH = (grad.transpose(0, 3, 1, 2).astype(dtype) for grad in (dk_BKHT, dv_BKHT))
     return _ungrouped(jnp.concatenate(dq_blocks, axis=3)), dk_BTKH, dv_BTKH, None
 
 
