@@ -1,0 +1,284 @@
+"""Text from a model: one call reads the prompts into a KV cache, then one small program writes token after token.
+
+Legend: B batch (prompts, then rows that fill up the data axes), T prompt length (padded), V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.config.errors import UserError
+from jaxlm.generate.sampling import Sampling, choose
+from jaxlm.models.build import Model, Params
+from jaxlm.models.decoder import Cache, empty_cache
+from jaxlm.models.runtime import Runtime
+
+OnToken = Callable[[int, int], None]
+"""Told (row, token) as soon as a token is known."""
+
+SHORTEST = 16
+"""Prompt lengths and numbers of new tokens are rounded up to powers of two from here on: few programs compile."""
+CHUNK = 512
+"""Prompt tokens that meet the cache at a time: attention weights of size T x cache would not fit for long prompts."""
+
+CACHE_DIMS = {
+    "k": (None, "batch", None, "kv_heads", None),
+    "v": (None, "batch", None, "kv_heads", None),
+    "positions": ("batch", None),
+    "segments": ("batch", None),
+    "length": (),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What the last call of a Generator took, compilation apart."""
+
+    compile_seconds: float
+    prompt_tokens: int
+    prefill_seconds: float
+    """Until the first new token of every row was known."""
+    decoded_tokens: int
+    """New tokens after the first of each row."""
+    decode_seconds: float
+
+
+def generate(
+    model: Model,
+    params: Params,
+    runtime: Runtime,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int | None = None,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """Continue each of `prompts` (token ids) by up to `max_new_tokens`; use a `Generator` to do so repeatedly.
+
+    Args:
+        params: as training holds them, on `runtime.layout.mesh` (rep, dp, fsdp and tp axes).
+        runtime: its `attention` counts if it is reference or xla; the others cannot read a cache, and xla is used.
+        temperature, top_k, top_p, seed: see `sampling`. The same seed gives row i the same text in any batch and on
+            any mesh, but for logits so close that rounding decides.
+        eos_id: ends a row; an empty prompt starts behind it.
+        on_token: called in order of time.
+
+    Returns:
+        The new tokens of each row, without the prompt and without `eos_id`.
+
+    Raises:
+        UserError: a prompt that is empty or holds ids unknown to the model, more tokens than learned positions, a
+            sampling value out of range.
+    """
+    rule = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return Generator(model, runtime)(
+        params, prompts, max_new_tokens=max_new_tokens, rule=rule, eos_id=eos_id, on_token=on_token
+    )
+
+
+class Generator:
+    """`generate` for one model and mesh: its programs are compiled once for each shape that it meets."""
+
+    def __init__(self, model: Model, runtime: Runtime):
+        attention = "reference" if runtime.attention == "reference" else "xla"
+        self.model, self.runtime = model, replace(runtime, attention=attention, remat="none")
+        self.programs: dict[tuple, Any] = {}
+        """Compiled programs by what tells them apart."""
+        self.speed: Speed | None = None
+        """Of the last call that made tokens."""
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        rule: Sampling,
+        eos_id: int | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[list[int]]:
+        """See `generate`."""
+        prompts = [list(prompt) or ([] if eos_id is None else [eos_id]) for prompt in prompts]
+        self._check(prompts, max_new_tokens)
+        new: list[list[int]] = [[] for _ in prompts]
+        if not prompts or not max_new_tokens:
+            return new
+        params = self._in_compute_dtype(params)
+        batch = self._place(left_padded(prompts, rows=self._rows(len(prompts))))
+        settings = self._place(_settings(rule))
+        times = [time.perf_counter()]
+        prefill, step = self._programs(params, batch, settings, max_new_tokens, rule)
+        times.append(time.perf_counter())
+        live = set(range(len(prompts)))
+        for tokens in _stream(prefill, step, params, batch, settings, max_new_tokens):
+            times.append(time.perf_counter())
+            for row in sorted(live):
+                token = int(tokens[row])
+                if token == eos_id:
+                    live.remove(row)
+                    continue
+                new[row].append(token)
+                if on_token:
+                    on_token(row, token)
+            if not live:
+                break
+        self.speed = Speed(
+            compile_seconds=times[1] - times[0],
+            prompt_tokens=sum(map(len, prompts)),
+            prefill_seconds=times[2] - times[1],
+            decoded_tokens=sum(max(len(row) - 1, 0) for row in new),
+            decode_seconds=times[-1] - times[2],
+        )
+        return new
+
+    def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        config = self.model.config
+        if max_new_tokens < 0:
+            raise UserError(f"--max-tokens={max_new_tokens}: must be 0 or more")
+        for number, prompt in enumerate(prompts, 1):
+            if not prompt:
+                raise UserError(f"prompt {number} is empty; give it at least one token")
+            bad = next((token for token in prompt if not 0 <= token < self.model.vocabulary), None)
+            if bad is not None:
+                raise UserError(f"prompt {number}: token {bad} is not one of the model's {self.model.vocabulary}")
+            total = len(prompt) + max_new_tokens
+            if config.positions == "learned" and total > config.max_positions:
+                raise UserError(
+                    f"prompt {number}: {len(prompt)} tokens and {max_new_tokens} new ones are {total}, more than the "
+                    f"model's {config.max_positions} learned positions; shorten the prompt or --max-tokens"
+                )
+
+    def _rows(self, prompts: int) -> int:
+        """Rows of a batch that the data axes divide."""
+        ways = self.runtime.layout.axis_size("batch")
+        return -(-prompts // ways) * ways
+
+    def _in_compute_dtype(self, params: Params) -> Params:
+        """Matrices cast once rather than for every token; vectors stay as they are, for norms compute in float32."""
+        dtype = self.runtime.dtype
+
+        def matrix(dims: tuple[str | None, ...]) -> bool:
+            return len([dim for dim in dims if dim != "layers"]) > 1
+
+        def cast(params: Params) -> Params:
+            return jax.tree.map(lambda p, dims: p.astype(dtype) if matrix(dims) else p, params, self.model.dims)
+
+        if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
+            return params
+        return jax.jit(cast, out_shardings=jax.tree.map(lambda p: p.sharding, params))(params)
+
+    def _place(self, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+        """Host arrays onto the mesh: the first dim of those that have one is the batch."""
+        layout = self.runtime.layout
+        return {
+            name: jax.device_put(a, layout.sharding(("batch", None)[: np.ndim(a)], np.shape(a), name))
+            for name, a in arrays.items()
+        }
+
+    def _abstract_cache(self, rows: int, slots: int) -> Cache:
+        layout = self.runtime.layout
+        cache = jax.eval_shape(
+            partial(empty_cache, self.model.config, batch=rows, slots=slots, dtype=self.runtime.dtype)
+        )
+        return {
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout.sharding(CACHE_DIMS[name], a.shape, name))
+            for name, a in cache.items()
+        }
+
+    def _programs(self, params, batch, settings, max_new_tokens: int, rule: Sampling):
+        """The compiled prefill and step."""
+        rows, length = batch["tokens"].shape
+        slots = length + bucket(max_new_tokens)
+        mode = {"greedy": rule.greedy, "cuts": rule.cuts and not rule.greedy}
+        cache = self._abstract_cache(rows, slots)
+        whole = self.runtime.layout.sharding(())  # every host reads the tokens
+        last = {name: jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole) for name in ("tokens", "positions")}
+        out = jax.tree.map(lambda leaf: leaf.sharding, (cache, last))
+        key = (rows, slots, *mode.values(), *(leaf.sharding for leaf in jax.tree.leaves(params)))
+        if ("prefill", length, *key) not in self.programs:
+            prefill = jax.jit(partial(self._prefill, slots=slots, **mode), out_shardings=out)
+            self.programs["prefill", length, *key] = prefill.lower(params, batch, settings).compile()
+        if ("step", *key) not in self.programs:
+            step = jax.jit(partial(self._step, **mode), out_shardings=out, donate_argnums=1)
+            self.programs["step", *key] = step.lower(params, cache, last, settings).compile()
+        return self.programs["prefill", length, *key], self.programs["step", *key]
+
+    def _prefill(self, params, batch, settings, *, slots: int, greedy: bool, cuts: bool):
+        """Prompts into an empty cache, CHUNK tokens at a time, and the first new token of each row."""
+        rows, length = batch["tokens"].shape
+        cache = empty_cache(self.model.config, batch=rows, slots=slots, dtype=self.runtime.dtype)
+
+        def read(cache: Cache, part: dict[str, jax.Array]) -> tuple[Cache, jax.Array]:
+            x_BTD, cache = self.model.decode(params, part, self.runtime, cache)
+            return cache, x_BTD[:, -1:]
+
+        if length <= CHUNK:
+            cache, x_B1D = read(cache, batch)
+        else:
+            parts = {name: a.reshape(rows, -1, CHUNK).swapaxes(0, 1) for name, a in batch.items()}
+            cache, ends = jax.lax.scan(read, cache, parts)
+            x_B1D = ends[-1]
+        last = self._choose(params, x_B1D, batch["positions"][:, -1] + 1, settings, greedy=greedy, cuts=cuts)
+        return cache, last
+
+    def _step(self, params, cache: Cache, last, settings, *, greedy: bool, cuts: bool):
+        """The last token of each row into the cache, and the next one."""
+        positions_B1 = last["positions"][:, None]
+        batch = {"tokens": last["tokens"][:, None], "positions": positions_B1}
+        batch |= {"segment_ids": jnp.ones_like(positions_B1)}
+        x_B1D, cache = self.model.decode(params, batch, self.runtime, cache)
+        return cache, self._choose(params, x_B1D, last["positions"] + 1, settings, greedy=greedy, cuts=cuts)
+
+    def _choose(self, params, x_B1D, positions_B, settings, **mode) -> dict[str, jax.Array]:
+        logits_BV = self.model.logits(params, x_B1D, self.runtime)[:, 0]
+        logits_BV = self.runtime.layout.constrain(logits_BV, "batch", None)  # ranks need a whole row
+        rows_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
+        return {"tokens": choose(logits_BV, rows_B, positions_B, settings, **mode), "positions": positions_B}
+
+
+def bucket(count: int) -> int:
+    """`count` rounded up to a power of two, SHORTEST at the least."""
+    return max(SHORTEST, 1 << (count - 1).bit_length())
+
+
+def left_padded(prompts: Sequence[Sequence[int]], *, rows: int) -> dict[str, np.ndarray]:
+    """A batch [rows, T] whose rows end in the prompts; before them padding, segment 0. Rows without a prompt hold one
+    token."""
+    length = bucket(max(map(len, prompts)))
+    batch = {name: np.zeros((rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    for row in range(rows):
+        prompt = prompts[row] if row < len(prompts) else [0]
+        start = length - len(prompt)
+        batch["tokens"][row, start:] = prompt
+        batch["segment_ids"][row, start:] = 1
+        batch["positions"][row, start:] = np.arange(len(prompt))
+    return batch
+
+
+def _stream(prefill, step, params, batch, settings, count: int) -> Iterator[np.ndarray]:
+    """`count` times the next token of each row; a step is dispatched before its forerunner's tokens are read."""
+    cache, last = prefill(params, batch, settings)
+    for remaining in reversed(range(count)):
+        tokens = last["tokens"]
+        if remaining:
+            cache, last = step(params, cache, last, settings)
+        yield np.asarray(tokens)
+
+
+def _settings(rule: Sampling) -> dict[str, np.generic]:
+    return {
+        "temperature": np.float32(rule.temperature),
+        "top_k": np.int32(rule.top_k),
+        "top_p": np.float32(rule.top_p),
+        "seed": np.int32(rule.seed),
+    }
