@@ -5,14 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.config.schema import PrecisionConfig
-from jaxlm.parallel.rules import Layout
-
-GATHERED = "gathered"
-"""Name of the copies of parameters that `Runtime.use` makes: rematerialisation never keeps them for the backward."""
-
+from jaxlm.parallel.rules import Dims, Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
@@ -26,23 +21,28 @@ class Runtime:
     remat: str = "none"
     """Policy of `models.remat`."""
 
-    def use(self, parameter: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array:
+    pick: int | None = None
+    """Where parameters come stacked, the layer that is meant: `use` takes it out."""
+
+    def use(self, parameter: nnx.Param, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """A parameter as a computation wants it: in the compute dtype, and whole where `fsdp` cuts it.
 
         The cast comes first, so that what travels is small; the gradient goes back to the parameter's own sharding
         and dtype at once (a reduce-scatter where `fsdp` cuts it).
         """
-        value = parameter[...]
-        dims = parameter.get_metadata()["dims"]
+        value, dims = parameter[...], parameter.get_metadata()["dims"]
+        if self.pick is not None:
+            value = value[self.pick]
         cast = jnp.dtype(dtype or self.dtype)
-        if not any(dim == "embed" and self.layout.axis_size(dim) > 1 for dim in dims):
-            return value if value.dtype == cast else checkpoint_name(value.astype(cast), GATHERED)
-        return checkpoint_name(_gather(self.layout, dims, cast, value), GATHERED)
+        return _gather(self.layout, dims, cast, value) if self._gathers(dims) else value.astype(cast)
 
-    @property
-    def copies_parameters(self) -> bool:
-        """Whether `use` makes copies that the backward pass should make again rather than keep."""
-        return self.dtype != jnp.float32 or self.layout.axis_size("embed") > 1
+    def copies(self, parameter: nnx.Param) -> bool:
+        """Whether `use` makes a copy, which the backward pass should make again rather than keep."""
+        own = self.pick is None and parameter[...].dtype == self.dtype
+        return not own or self._gathers(parameter.get_metadata()["dims"])
+
+    def _gathers(self, dims: Dims) -> bool:
+        return "embed" in dims and self.layout.axis_size("embed") > 1
 
 
 def compute_dtype(config: PrecisionConfig, platform: str) -> jnp.dtype:
@@ -52,7 +52,7 @@ def compute_dtype(config: PrecisionConfig, platform: str) -> jnp.dtype:
     return jnp.dtype(config.compute)
 
 
-def _gather(layout: Layout, dims: tuple[str | None, ...], dtype: jnp.dtype, value: jax.Array) -> jax.Array:
+def _gather(layout: Layout, dims: Dims, dtype: jnp.dtype, value: jax.Array) -> jax.Array:
     whole = tuple(None if dim == "embed" else dim for dim in dims)
 
     @jax.custom_vjp
