@@ -8,13 +8,14 @@ CPU time of all threads instead of the clock, and so survives a machine that oth
 read single samples with its own threads, which does not pay: a sample is microseconds of Python under one lock.
 """
 
+import functools
 import itertools
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -63,6 +64,10 @@ def rates(step: Callable[[], object], tokens: int, seconds: float) -> tuple[floa
     return steps * tokens / (now - began), steps * tokens / (time.process_time() - began_cpu)
 
 
+def take(iterator: Iterator[object], count: int) -> list[object]:
+    return list(itertools.islice(iterator, count))
+
+
 def measure(loader: Loader, options: Options) -> dict[str, dict[str, int]]:
     length = loader.config.sequence_length
     size = max(options.batch_tokens // length, 1)
@@ -73,8 +78,8 @@ def measure(loader: Loader, options: Options) -> dict[str, dict[str, int]]:
     for threads in (0, 4, 16):
         order = grain.MapDataset.range(sys.maxsize).map(lambda i: loader.rows(int(i), 0, 1))
         iterator = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=64)))
-        steps[f"grain threads {threads}"] = lambda it=iterator: [next(it) for _ in range(size)]
-    steps |= {name: lambda stream=stream: next(stream) for name, stream in streams.items()}
+        steps[f"grain threads {threads}"] = functools.partial(take, iterator, size)
+    steps |= {name: functools.partial(next, stream) for name, stream in streams.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in range(options.runs):
         for name, step in steps.items():

@@ -66,6 +66,10 @@ def test_concat_is_the_stream_cut(lengths, sequence_length):
         assert np.flatnonzero(starts[1:]).tolist() == [i for i, t in enumerate(tokens[1:].tolist()) if t in firsts]
 
 
+def test_fit_takes_the_fullest_row_with_room():
+    assert sorted(len(tokens) for tokens, _ in windows([3, 5, 2, 6, 4], 9, "fit")) == [10, 10]
+
+
 @given(lengths_of_documents, sequence_lengths)
 def test_fit_cuts_no_document_that_fits_and_fills_its_rows(lengths, sequence_length):
     ends = np.cumsum(lengths)

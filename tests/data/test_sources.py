@@ -52,6 +52,17 @@ def test_damage_is_named(name, damage, tmp_path, texts):
         read(path)
 
 
+def test_a_zstd_file_cut_between_lines_is_not_a_shorter_corpus(tmp_path):
+    compressor = zstandard.ZstdCompressor().compressobj()
+    first = compressor.compress(b'{"text": "one"}\n') + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(first + compressor.compress(b'{"text": "two"}\n') + compressor.flush())
+    assert read(path)[0] == ["one", "two"]
+    path.write_bytes(first)
+    with pytest.raises(UserError, match="a.jsonl.zst is truncated"):
+        read(path)
+
+
 def test_folder_of_source_files(tmp_path):
     for name, content in {
         "b/x.py": b"x = 1\n",
