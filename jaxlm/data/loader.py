@@ -143,7 +143,7 @@ def batches(
 def _check_length(corpora: Corpora, split: SplitName, config: DataConfig) -> None:
     tokens, documents = corpora.tokens(split), corpora.documents(split)
     if not documents:
-        one = "they are one document (or copies of it), which cannot be split; give more documents"
+        one = "they are one document (or copies of it), which cannot be split; give more documents or --eval.every=0"
         cure = one if config.validation else f"--data.validation={config.validation:g} holds nothing out; raise it"
         raise UserError(f"no {split} split of {', '.join(config.path)}: {cure}")
     if tokens <= config.sequence_length:
