@@ -1,0 +1,107 @@
+"""From tokens back to text while they arrive, and where that text goes."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jaxlm.config.errors import UserError
+
+UNFINISHED = "\ufffd"
+"""How bytes that are not (yet) a character decode."""
+CONTROL = {code: UNFINISHED for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""A model may write escape sequences, which a terminal would obey."""
+MAX_PROMPT_BYTES = 2**24
+
+
+class TextStream:
+    """Decodes one row token by token: what `push` and `finish` return adds up to the decoded row.
+
+    A character may take several tokens, and a tokenizer may treat the first token of a text differently; so each piece
+    is what the decoding of a few tokens gains from the newest ones, held back while it ends inside a character.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int]):
+        self._decode, self._ids = decode, list(prompt)
+        self._start, self._told = max(len(self._ids) - 8, 0), len(self._ids)
+
+    def push(self, token: int) -> str:
+        """The text that is certain now."""
+        self._ids.append(token)
+        piece = self._piece()
+        if not piece or piece.endswith(UNFINISHED):
+            return ""
+        self._start, self._told = self._told, len(self._ids)
+        return piece
+
+    def finish(self) -> str:
+        """The text held back."""
+        piece = self._piece()
+        self._start = self._told = len(self._ids)
+        return piece
+
+    def _piece(self) -> str:
+        before = self._decode(self._ids[self._start : self._told])
+        return self._decode(self._ids[self._start :])[len(before) :]
+
+
+class Output:
+    """Writes rows of text to stdout: the first one as it comes where that is a terminal, the others when all are done."""
+
+    def __init__(self, prompts: Sequence[str], streams: Sequence[TextStream]):
+        self._texts = [prompt for prompt in prompts]
+        self._streams, self._terminal = streams, sys.stdout.isatty()
+        self._shown = False
+
+    def push(self, row: int, token: int) -> None:
+        """`Generator`'s on_token."""
+        piece = self._streams[row].push(token)
+        if row == 0 and self._terminal:
+            self._write(piece if self._shown else self._head(0) + self._texts[0] + piece)
+            self._shown = True
+        self._texts[row] += piece
+
+    def finish(self) -> None:
+        """Whatever was not written yet; every row ends its line."""
+        for row, stream in enumerate(self._streams):
+            rest = stream.finish()
+            self._write(f"{rest}\n" if row == 0 and self._shown else f"{self._head(row)}{self._texts[row]}{rest}\n")
+
+    def _head(self, row: int) -> str:
+        return f"--- {row + 1} of {len(self._streams)} ---\n" if len(self._streams) > 1 else ""
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text.translate(CONTROL) if self._terminal else text)
+        sys.stdout.flush()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; in a .jsonl file each line is a JSON string, which may hold line ends.
+
+    Raises:
+        UserError: naming the file and the line.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_PROMPT_BYTES + 1)
+        text = raw.decode()
+    except OSError as error:
+        raise UserError(f"--prompt-file={path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt-file={path} is not UTF-8 text") from None
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise UserError(f"--prompt-file={path} is over {MAX_PROMPT_BYTES} bytes; split it")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"--prompt-file={path} holds no prompt; write one a line")
+    return [_parse(path, number, line) if path.suffix == ".jsonl" else line.rstrip("\r") for number, line in lines]
+
+
+def _parse(path: Path, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)
+    except (ValueError, RecursionError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise UserError(f'--prompt-file={path} line {number} is not a JSON string; write "text"')
+    return prompt
