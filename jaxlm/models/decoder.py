@@ -4,6 +4,7 @@ Legend: B batch, T query length, S cache length, D embed, V vocabulary (padded),
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -120,36 +121,43 @@ def _run_stack(
     turns = _rotations(config, windows, where.positions_BT)
     start = None if cache is None else cache["length"]
 
-    def apply(window: int, params, x: jax.Array, layer: jax.Array, kv) -> tuple[jax.Array, Any]:
-        block = nnx.merge(graph, params)
+    def apply(i: int, picked: bool, params, x: jax.Array, layer: jax.Array, kv) -> tuple[jax.Array, Any]:
+        block, window = nnx.merge(graph, params), windows[i % period]
         layer_cache = None if kv is None else LayerCache(*kv, start)
         layer_key = None if key is None else jax.random.fold_in(key, layer)
-        x, layer_cache = block(x, where, runtime, window=window, turn=turns[window], cache=layer_cache, key=layer_key)
+        # Picking happens where weights are used: slices made out here would be kept, whole, for the backward pass.
+        own = replace(runtime, pick=i) if picked else runtime
+        x, layer_cache = block(x, where, own, window=window, turn=turns[window], cache=layer_cache, key=layer_key)
         return x, None if layer_cache is None else tuple(layer_cache[:2])
 
-    layers = [remat.checkpoint(partial(apply, window), runtime) for window in windows]
+    whole = config.layers // period * period
+
+    def layer(i: int, *, picked: bool, scanned: bool) -> Callable:
+        return remat.checkpoint(partial(apply, i, picked), runtime, scanned=scanned and whole > period)
 
     def turn(x: jax.Array, xs):
+        params, numbers, kv = xs
+        if period == 1:
+            return layer(0, picked=False, scanned=True)(params, x, numbers, kv)
         outs = []
-        for i, layer in enumerate(layers):
-            x, kv = layer(*_pick(xs, i, x, period))
-            outs.append(kv)
-        return x, outs[0] if period == 1 else jax.tree.map(lambda *a: jnp.stack(a), *outs)
+        for i in range(period):
+            x, out = layer(i, picked=True, scanned=True)(params, x, numbers[i], jax.tree.map(lambda a, i=i: a[i], kv))
+            outs.append(out)
+        return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
     kv = None if cache is None else (cache["k"], cache["v"])
     xs = (stacked, jnp.arange(config.layers, dtype=jnp.int32), kv)
-    whole = config.layers // period * period
     main = jax.tree.map(lambda a: _periods(a[:whole] if whole < config.layers else a, period), xs)
-    x, kv = jax.lax.scan(turn, x, main)
+    x, out = jax.lax.scan(turn, x, main)
     if period > 1:
-        kv = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kv)
+        out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
     for i in range(whole, config.layers):
-        params, layer, rest = jax.tree.map(lambda a, i=i: a[i], xs)
-        x, last = layers[i - whole](params, x, layer, rest)
-        kv = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), kv, last)
+        number, rest = jax.tree.map(lambda a, i=i: a[i], xs[1:])
+        x, last = layer(i, picked=True, scanned=False)(stacked, x, number, rest)
+        out = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), out, last)
     if cache is None:
         return x, None
-    return x, cache | {"k": kv[0], "v": kv[1], "length": cache["length"] + where.positions_BT.shape[1]}
+    return x, cache | {"k": out[0], "v": out[1], "length": cache["length"] + where.positions_BT.shape[1]}
 
 
 def _rotations(config: ModelConfig, windows: tuple[int, ...], positions: jax.Array) -> dict[int, Rotation | None]:
@@ -164,8 +172,3 @@ def _rotations(config: ModelConfig, windows: tuple[int, ...], positions: jax.Arr
 
 def _periods(a: jax.Array, period: int) -> jax.Array:
     return a if period == 1 else a.reshape(-1, period, *a.shape[1:])
-
-
-def _pick(xs, i: int, x: jax.Array, period: int):
-    params, layer, kv = xs if period == 1 else jax.tree.map(lambda a: a[i], xs)
-    return params, x, layer, kv

@@ -44,19 +44,23 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, rngs, shape, dims, *, inputs: int = 1, bias: bool, std: float, learn_bias: bool = True):
-        self.inputs, self.learn_bias = inputs, learn_bias
+        self.inputs, self.out, self.learn_bias = inputs, shape[inputs:], learn_bias
         self.kernel = parameter(rngs, shape, dims, normal(std))
         self.bias = parameter(rngs, shape[inputs:], dims[inputs:], zeros) if bias else None
 
     def __call__(self, x: Float[Array, "..."], runtime: Runtime) -> Float[Array, "..."]:
-        kernel = runtime.use(self.kernel)
-        lead, out = x.shape[: x.ndim - self.inputs], kernel.shape[self.inputs :]
-        size = math.prod(kernel.shape[: self.inputs])
-        y = x.reshape(-1, size) @ kernel.reshape(size, -1)
+        def multiply(x: jax.Array) -> jax.Array:
+            return x @ runtime.use(self.kernel).reshape(x.shape[1], -1)
+
+        lead = x.shape[: x.ndim - self.inputs]
+        if runtime.remat == "none" and runtime.copies(self.kernel):
+            # Without a policy around the block all would be kept for the backward, whole or cast copies of weights too.
+            multiply = jax.checkpoint(multiply, prevent_cse=False)
+        y = multiply(x.reshape(math.prod(lead), -1))
         if self.bias is not None:
             bias = runtime.use(self.bias).reshape(1, -1)
             y = y + (bias if self.learn_bias else jax.lax.stop_gradient(bias))
-        return y.reshape(*lead, *out)
+        return y.reshape(*lead, *self.out)
 
 
 class Norm(nnx.Module):

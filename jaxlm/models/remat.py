@@ -5,25 +5,28 @@ from collections.abc import Callable
 import jax
 
 from jaxlm.config.errors import UserError
-from jaxlm.models.runtime import GATHERED, Runtime
+from jaxlm.models.runtime import Runtime
 
 SAVED = ("attention_out", "mlp_out")
 """Named tensors that `selective` keeps: the outputs of both sublayers, [B, T, D] each."""
 
 
-def checkpoint(block: Callable, runtime: Runtime) -> Callable:
+def checkpoint(block: Callable, runtime: Runtime, *, scanned: bool) -> Callable:
     """`block` with the rematerialisation of `runtime`.
 
-    none keeps every intermediate but gathered or cast copies of parameters; full keeps only the block's input; dots
+    none keeps every intermediate (`layers.Linear` sees to copies of weights); full keeps only the block's input; dots
     keeps matmul results and recomputes the elementwise rest (and attention); selective keeps `SAVED`; offload keeps
     them in host memory.
+
+    Args:
+        scanned: whether it runs in a loop of more than one turn, apart from its backward.
 
     Raises:
         UserError: offload on a device that cannot address pinned host memory.
     """
     policies = jax.checkpoint_policies
     policy, device = runtime.remat, runtime.layout.mesh.devices.flat[0]
-    if policy == "none" and not runtime.copies_parameters:
+    if policy == "none":
         return block
     if policy == "offload":
         memories = {memory.kind for memory in device.addressable_memories()}
@@ -39,10 +42,9 @@ def checkpoint(block: Callable, runtime: Runtime) -> Callable:
         )
     else:
         chosen = {
-            "none": policies.save_anything_except_these_names(GATHERED),
             "full": policies.nothing_saveable,
             "dots": policies.dots_with_no_batch_dims_saveable,
             "selective": policies.save_only_these_names(*SAVED),
         }[policy]
-    # Inside a scan XLA cannot merge the recomputation with the forward pass, so the barrier against that only costs.
-    return jax.checkpoint(block, policy=chosen, prevent_cse=False)
+    # XLA cannot merge what two loops compute: between them the barrier against that would only cost.
+    return jax.checkpoint(block, policy=chosen, prevent_cse=not scanned)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxlm.config.schema import PrecisionConfig
 from jaxlm.parallel.rules import Dims, Layout
 
+
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
     """Settings that leave the mathematics alone."""

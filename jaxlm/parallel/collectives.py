@@ -10,12 +10,16 @@ from jax.sharding import Mesh
 from jaxlm.parallel.rules import FLAG
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
+"""Bytes of an element where they are not 4 (or, of eight-bit floats, 1)."""
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:to_apply|body|condition|calls|branch_computations)=\{?%?([\w.\-]+(?:, ?%?[\w.\-]+)*)\}?")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:to_apply|body|condition|calls|true_computation|false_computation|branch_computations|called_computations)="
+    r"(?:%?([\w.\-]+)|\{([^}]*)\})"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -48,7 +52,7 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
         times = runs.get(computation, 1)
         key = (kind, _axes(line, mesh))
         count, size = total.get(key, (0, 0))
-        total[key] = (count + times, size + times * _result_bytes(match[1], is_async=match[2].endswith("-start")))
+        total[key] = (count + times, size + times * _result_bytes(match[1], match[2]))
     rows = [Collective(kind=k, axes=a, count=c, bytes=b) for (k, a), (c, b) in total.items()]
     return sorted(rows, key=lambda row: -row.bytes)
 
@@ -74,8 +78,8 @@ def _executions(hlo: str) -> dict[str, int]:
     for computation, line in _lines(hlo):
         trips = _TRIPS.search(line)
         times = int(trips[1]) if trips and " while(" in line else 1
-        for names in _CALLED.findall(line):
-            for name in names.replace("%", "").split(","):
+        for one, several in _CALLED.findall(line):
+            for name in (one or several).replace("%", "").split(","):
                 calls.setdefault(computation, []).append((name.strip(), times))
     runs: dict[str, int] = {}
 
@@ -88,20 +92,26 @@ def _executions(hlo: str) -> dict[str, int]:
     return runs
 
 
-def _result_bytes(result: str, *, is_async: bool) -> int:
+def _result_bytes(result: str, opcode: str) -> int:
     arrays = [
-        int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64)) * BYTES.get(dtype, 4)
+        int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64)) * _element_bytes(dtype)
         for dtype, shape in _ARRAY.findall(result)
     ]
-    # The start of an asynchronous collective returns its operands beside its results.
-    return sum(arrays[len(arrays) // 2 :]) if is_async else sum(arrays)
+    # What the start of an asynchronous collective returns beside its results differs: operands, operands and contexts.
+    if opcode == "collective-permute-start":
+        return arrays[1]
+    return sum(arrays[len(arrays) // 2 :]) if opcode == "all-gather-start" else sum(arrays)
+
+
+def _element_bytes(dtype: str) -> int:
+    return 1 if dtype.startswith("f8") else BYTES.get(dtype, 4)
 
 
 def _axes(line: str, mesh: Mesh) -> str:
     """The mesh axes (command-line names) along which the groups of a collective run."""
     groups = _groups(line, mesh.size)
     if groups is None:
-        return "all"
+        groups = [list(range(mesh.size))]
     wanted = {frozenset(group) for group in groups if len(group) > 1}
     if not wanted:
         return "none"
@@ -118,15 +128,39 @@ def _axes(line: str, mesh: Mesh) -> str:
 
 
 def _groups(line: str, devices: int) -> list[list[int]] | None:
-    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", line)
-    explicit = re.search(r"replica_groups=\{(\{.*?\})\}", line)
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if pairs or explicit:
-        text = (pairs or explicit)[1]  # type: ignore[index]
-        return [[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d,]*)\}", text)]
+    """The groups in which a collective talks, as device numbers; None means all devices together."""
+    listed = re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", line)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((.*?\)?)\))? ?\{([^}]*)\}", line)
+    if listed:
+        return [[int(n) for n in group.split(",") if n] for group in re.findall(r"\{([\d,]*)\}", listed[1])]
     if iota:
-        ids = np.arange(devices).reshape([int(n) for n in iota[3].split(",")])
-        if iota[4]:
-            ids = ids.transpose([int(n) for n in iota[4].split(",")])
-        return ids.reshape(int(iota[1]), int(iota[2])).tolist()
+        return _iota(iota[3], devices).reshape(int(iota[1]), int(iota[2])).tolist()
+    if named:
+        return _along_axes(named[1], named[3], _iota(named[2] or f"[{devices}]", devices))
     return None
+
+
+def _iota(text: str, devices: int) -> np.ndarray:
+    """Device numbers in the order `[4,2]T(1,0)`: counted through that shape, then transposed. Or listed: `3,1,0,2`."""
+    if not text.startswith("["):
+        return np.array([int(n) for n in text.split(",")])
+    shape, _, permutation = text[1:].rstrip(")").partition("]")
+    ids = np.arange(devices).reshape([int(n) for n in shape.split(",")])
+    return ids.transpose([int(n) for n in permutation[2:].split(",")]) if permutation else ids
+
+
+def _along_axes(mesh_axes: str, wanted: str, ids: np.ndarray) -> list[list[int]]:
+    """Groups along axes of a mesh the compiler made up: `'a'=4,'b'=2` and `'b'`, or `'a':(2)2` for a factor of one."""
+    factors: list[int] = []
+    chosen: list[int] = []
+    references = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", wanted)
+    for name, size in re.findall(r"'(\w+)'=(\d+)", mesh_axes):
+        spans = [(int(before or 1), int(length or size)) for axis, before, length in references if axis == name]
+        cuts = sorted({1, int(size), *(b for b, _ in spans), *(b * n for b, n in spans)})
+        for low, high in itertools.pairwise(cuts):
+            if any(before <= low < before * length for before, length in spans):
+                chosen.append(len(factors))
+            factors.append(high // low)
+    moved = np.moveaxis(ids.reshape(factors or [1]), chosen, range(-len(chosen), 0))
+    return moved.reshape(-1, int(np.prod([factors[i] for i in chosen], dtype=np.int64))).tolist()

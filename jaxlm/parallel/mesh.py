@@ -38,10 +38,12 @@ def build(
     elif simulate:
         _simulate(spec.device_count)
     devices = jax.devices()
-    if simulate and devices[0].platform == "cpu" and spec.device_count < len(devices) and not spec.inferred:
+    # The devices of other processes are no simulation of ours: a mesh that leaves some out would leave processes out.
+    simulated = simulate and not distributed and devices[0].platform == "cpu"
+    if simulated and spec.device_count < len(devices) and not spec.inferred:
         devices = devices[: spec.device_count]
     resolved = spec.resolve(len(devices))
-    if simulate and devices[0].platform == "cpu" and len(devices) > 1 and not distributed:
+    if simulated and len(devices) > 1:
         announce(f"simulating {len(devices)} devices on this CPU host for mesh {resolved} (--no-simulate to forbid)")
     return from_devices(resolved, devices), resolved
 
@@ -73,8 +75,12 @@ def _simulate(count: int) -> None:
 
 
 def _join_processes() -> None:
+    """Join the processes that the environment names; JAX itself finds those of SLURM, Kubernetes, MPI and TPU pods."""
+    variables = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     try:
-        jax.distributed.initialize()
+        numbers = {name: int(os.environ[key]) for name, key in variables.items() if key in os.environ}
+        # When a process dies the others end after this time, rather than wait 100 seconds in a collective.
+        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=30)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
