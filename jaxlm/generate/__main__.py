@@ -15,9 +15,8 @@ from jaxlm.config.schema import RunConfig
 from jaxlm.config.values import shown
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from jaxlm.generate.decode import Speed
+    from jaxlm.models.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,49 +69,23 @@ def _read_run(folder: Path) -> RunConfig:
 
 
 def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: RunConfig) -> None:
-    import jax
-
     from jaxlm.data import tokenizer as tokenizers
     from jaxlm.generate.decode import Generator
     from jaxlm.generate.sampling import Sampling
-    from jaxlm.generate.text import Output, TextStream, read_prompts
-    from jaxlm.models.attention import choose
-    from jaxlm.models.block import head_size, kv_heads
+    from jaxlm.generate.text import Output, TextStream
     from jaxlm.models.build import build
-    from jaxlm.models.runtime import Runtime, compute_dtype
-    from jaxlm.parallel.rules import layout
 
     rule = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    if options.samples < 1:
-        raise UserError(f"--samples={options.samples}: must be 1 or more")
-    if options.samples > 1 and rule.greedy:
-        raise UserError(f"--samples={options.samples} with --temperature=0 would all be the same; use --samples=1")
-    if options.prompt and options.prompt_file:
-        raise UserError("--prompt and --prompt-file are both given; use one")
-    file = Path(options.prompt_file).expanduser()
-    texts = read_prompts(file) if options.prompt_file else [options.prompt or config.eval.prompt]
-    texts = [text for text in texts for _ in range(options.samples)]
+    texts = _texts(options, config, greedy=rule.greedy)
     if not (folder / "tokenizer").is_dir():
-        raise UserError(f"--run={folder}: it has no tokenizer folder; it was copied or written in part, so train again")
+        raise UserError(f"--run={folder}: it holds no tokenizer folder; copy the whole run, or train again")
     tokenizer = tokenizers.load(folder / "tokenizer")
-    mesh = _devices(spec)
-    platform = mesh.devices.flat[0].platform
-    dtype = compute_dtype(config.precision, platform)
-    # What training computed attention with may not read a cache: only the oracle stays where it was asked for.
-    attention = choose(
-        "reference" if config.attention == "reference" else "auto",
-        platform=platform,
-        compute_dtype=str(dtype),
-        head_size=head_size(config.model),
-        sequence_length=config.data.sequence_length,
-        softcap=config.model.attention_softcap,
-        cached=True,
-    )
-    runtime = Runtime(layout=layout(mesh, kv_heads=kv_heads(config.model)), attention=attention.name, dtype=dtype)
+    runtime = _runtime(config, spec)
     model = build(config.model, tokenizer.vocabulary_size)
     params, step = _restore(folder, options, config, model, runtime)
-    kind = mesh.devices.flat[0].device_kind
-    note(f"{folder} step {step} on {mesh.size} of {len(jax.devices())} devices ({kind}), {dtype}, {attention.name}")
+    device, mesh = runtime.layout.mesh.devices.flat[0], runtime.layout.mesh
+    kind = f"{'simulated ' if device.platform == 'cpu' and mesh.size > 1 else ''}{device.device_kind}"
+    note(f"{folder} step {step} on {mesh.size} x {kind}, {runtime.dtype}, attention {runtime.attention}")
     prompts = [tokenizer.encode(text) for text in texts]
     output = Output(texts, [TextStream(tokenizer.decode, prompt) for prompt in prompts])
     generator = Generator(model, runtime)
@@ -129,19 +102,53 @@ def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: Run
         note(_speed_line(generator.speed))
 
 
-def note(line: str) -> None:
-    """A line about the work, apart from the text it makes."""
-    print(line, file=sys.stderr, flush=True)
+def _texts(options: GenerateConfig, config: RunConfig, *, greedy: bool) -> list[str]:
+    """The prompt of each row."""
+    from jaxlm.generate.text import read_prompts
+
+    if options.samples < 1:
+        raise UserError(f"--samples={options.samples}: must be 1 or more")
+    if options.samples > 1 and greedy:
+        raise UserError(f"--samples={options.samples} with --temperature=0 would all be the same; use --samples=1")
+    if options.prompt and options.prompt_file:
+        raise UserError("--prompt and --prompt-file are both given; use one")
+    texts = [options.prompt or config.eval.prompt]
+    if options.prompt_file:
+        texts = read_prompts(Path(options.prompt_file).expanduser())
+    return [text for text in texts for _ in range(options.samples)]
 
 
-def _devices(spec: MeshSpec) -> "Mesh":
+def _runtime(config: RunConfig, spec: MeshSpec) -> "Runtime":
     import jax
 
-    from jaxlm.parallel import mesh
+    from jaxlm.models.attention import choose
+    from jaxlm.models.block import head_size, kv_heads
+    from jaxlm.models.runtime import Runtime, compute_dtype
+    from jaxlm.parallel import mesh as meshes
+    from jaxlm.parallel.rules import layout
 
     if spec.device_count == 1 and not spec.inferred:
-        return mesh.from_devices(spec, jax.devices()[:1])
-    return mesh.build(spec, announce=note)[0]
+        mesh = meshes.from_devices(spec, jax.devices()[:1])
+    else:
+        mesh, _ = meshes.build(spec)
+    platform = mesh.devices.flat[0].platform
+    dtype = compute_dtype(config.precision, platform)
+    # What training computed attention with may not read a cache: only the reference is kept where it was asked for.
+    attention = choose(
+        "reference" if config.attention == "reference" else "auto",
+        platform=platform,
+        compute_dtype=str(dtype),
+        head_size=head_size(config.model),
+        sequence_length=config.data.sequence_length,
+        softcap=config.model.attention_softcap,
+        cached=True,
+    )
+    return Runtime(layout=layout(mesh, kv_heads=kv_heads(config.model)), attention=attention.name, dtype=dtype)
+
+
+def note(line: str) -> None:
+    """Tell a line about the work, apart from the text it makes."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _restore(folder: Path, options: GenerateConfig, config: RunConfig, model, runtime):
@@ -164,7 +171,8 @@ def _restore(folder: Path, options: GenerateConfig, config: RunConfig, model, ru
                 what = f"none of the checkpoints {' '.join(map(str, held))} is valid" if held else "no checkpoint yet"
                 raise NoValidCheckpoint(f"--run={folder}: {what}; train on, or restore one from a copy")
         elif step not in held:
-            raise NoValidCheckpoint(f"--step={step}: no such checkpoint; there are: {' '.join(map(str, held)) or 'none'}")
+            have = " ".join(map(str, held)) or "none"
+            raise NoValidCheckpoint(f"--step={step}: no such checkpoint; there are: {have}")
         elif problem := store.verify(step):
             raise NoValidCheckpoint(f"--step={step}: that checkpoint is damaged: {problem}; leave out --step")
         return store.restore(step, {"params": abstract}, partial=True)["params"], step

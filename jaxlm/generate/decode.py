@@ -115,12 +115,12 @@ class Generator:
             return new
         params = self._in_compute_dtype(params)
         batch = self._place(left_padded(prompts, rows=self._rows(len(prompts))))
-        settings = self._place(_settings(rule))
+        scalars = self._place(rule.scalars)
         times = [time.perf_counter()]
-        prefill, step = self._programs(params, batch, settings, max_new_tokens, rule)
+        prefill, step = self._programs(params, batch, scalars, max_new_tokens, rule)
         times.append(time.perf_counter())
         live = set(range(len(prompts)))
-        for tokens in _stream(prefill, step, params, batch, settings, max_new_tokens):
+        for tokens in _stream(prefill, step, params, batch, scalars, max_new_tokens):
             times.append(time.perf_counter())
             for row in sorted(live):
                 token = int(tokens[row])
@@ -195,7 +195,7 @@ class Generator:
             for name, a in cache.items()
         }
 
-    def _programs(self, params, batch, settings, max_new_tokens: int, rule: Sampling):
+    def _programs(self, params, batch, scalars, max_new_tokens: int, rule: Sampling):
         """The compiled prefill and step."""
         rows, length = batch["tokens"].shape
         slots = length + bucket(max_new_tokens)
@@ -207,13 +207,13 @@ class Generator:
         key = (rows, slots, *mode.values(), *(leaf.sharding for leaf in jax.tree.leaves(params)))
         if ("prefill", length, *key) not in self.programs:
             prefill = jax.jit(partial(self._prefill, slots=slots, **mode), out_shardings=out)
-            self.programs["prefill", length, *key] = prefill.lower(params, batch, settings).compile()
+            self.programs["prefill", length, *key] = prefill.lower(params, batch, scalars).compile()
         if ("step", *key) not in self.programs:
             step = jax.jit(partial(self._step, **mode), out_shardings=out, donate_argnums=1)
-            self.programs["step", *key] = step.lower(params, cache, last, settings).compile()
+            self.programs["step", *key] = step.lower(params, cache, last, scalars).compile()
         return self.programs["prefill", length, *key], self.programs["step", *key]
 
-    def _prefill(self, params, batch, settings, *, slots: int, greedy: bool, cuts: bool):
+    def _prefill(self, params, batch, scalars, *, slots: int, greedy: bool, cuts: bool):
         """Prompts into an empty cache, CHUNK tokens at a time, and the first new token of each row."""
         rows, length = batch["tokens"].shape
         cache = empty_cache(self.model.config, batch=rows, slots=slots, dtype=self.runtime.dtype)
@@ -228,22 +228,22 @@ class Generator:
             parts = {name: a.reshape(rows, -1, CHUNK).swapaxes(0, 1) for name, a in batch.items()}
             cache, ends = jax.lax.scan(read, cache, parts)
             x_B1D = ends[-1]
-        last = self._choose(params, x_B1D, batch["positions"][:, -1] + 1, settings, greedy=greedy, cuts=cuts)
+        last = self._choose(params, x_B1D, batch["positions"][:, -1] + 1, scalars, greedy=greedy, cuts=cuts)
         return cache, last
 
-    def _step(self, params, cache: Cache, last, settings, *, greedy: bool, cuts: bool):
+    def _step(self, params, cache: Cache, last, scalars, *, greedy: bool, cuts: bool):
         """The last token of each row into the cache, and the next one."""
         positions_B1 = last["positions"][:, None]
         batch = {"tokens": last["tokens"][:, None], "positions": positions_B1}
         batch |= {"segment_ids": jnp.ones_like(positions_B1)}
         x_B1D, cache = self.model.decode(params, batch, self.runtime, cache)
-        return cache, self._choose(params, x_B1D, last["positions"] + 1, settings, greedy=greedy, cuts=cuts)
+        return cache, self._choose(params, x_B1D, last["positions"] + 1, scalars, greedy=greedy, cuts=cuts)
 
-    def _choose(self, params, x_B1D, positions_B, settings, **mode) -> dict[str, jax.Array]:
+    def _choose(self, params, x_B1D, positions_B, scalars, **mode) -> dict[str, jax.Array]:
         logits_BV = self.model.logits(params, x_B1D, self.runtime)[:, 0]
         logits_BV = self.runtime.layout.constrain(logits_BV, "batch", None)  # ranks need a whole row
         rows_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
-        return {"tokens": choose(logits_BV, rows_B, positions_B, settings, **mode), "positions": positions_B}
+        return {"tokens": choose(logits_BV, rows_B, positions_B, scalars, **mode), "positions": positions_B}
 
 
 def bucket(count: int) -> int:
@@ -265,20 +265,11 @@ def left_padded(prompts: Sequence[Sequence[int]], *, rows: int) -> dict[str, np.
     return batch
 
 
-def _stream(prefill, step, params, batch, settings, count: int) -> Iterator[np.ndarray]:
+def _stream(prefill, step, params, batch, scalars, count: int) -> Iterator[np.ndarray]:
     """`count` times the next token of each row; a step is dispatched before its forerunner's tokens are read."""
-    cache, last = prefill(params, batch, settings)
+    cache, last = prefill(params, batch, scalars)
     for remaining in reversed(range(count)):
         tokens = last["tokens"]
         if remaining:
-            cache, last = step(params, cache, last, settings)
+            cache, last = step(params, cache, last, scalars)
         yield np.asarray(tokens)
-
-
-def _settings(rule: Sampling) -> dict[str, np.generic]:
-    return {
-        "temperature": np.float32(rule.temperature),
-        "top_k": np.int32(rule.top_k),
-        "top_p": np.float32(rule.top_p),
-        "seed": np.int32(rule.seed),
-    }

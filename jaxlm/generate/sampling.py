@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.config.errors import UserError
 
-LARGEST_SEED = 2**31 - 1
+LARGEST = 2**31 - 1
+COLDEST = 1e-30
+"""Lower temperatures would be zero in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +32,22 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"--temperature={self.temperature:g}: must be 0 (the likeliest token) or more")
-        if not 0 <= self.top_k <= LARGEST_SEED:
+        if not 0 <= self.top_k <= LARGEST:
             raise UserError(f"--top-k={self.top_k}: must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p={self.top_p:g}: must be more than 0, and at most 1 (all tokens)")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise UserError(f"--seed={self.seed}: must be from 0 to {LARGEST_SEED}")
+        if not 0 <= self.seed <= LARGEST:
+            raise UserError(f"--seed={self.seed}: must be from 0 to {LARGEST}")
+
+    @property
+    def scalars(self) -> dict[str, np.generic]:
+        """What a program reads at run time: another value does not recompile it."""
+        return {
+            "temperature": np.float32(max(self.temperature, COLDEST)),
+            "top_k": np.int32(self.top_k),
+            "top_p": np.float32(self.top_p),
+            "seed": np.int32(self.seed),
+        }
 
     @property
     def greedy(self) -> bool:
@@ -46,9 +59,7 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1
 
 
-def allowed(
-    logits_BV: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
-) -> Bool[Array, "B V"]:
+def allowed(logits_BV: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
     """Which tokens may be drawn.
 
     Tokens are ranked by logit, equal logits by id, the smaller first. top_k keeps the first k (0: all). The
@@ -88,7 +99,7 @@ def choose(
     logits_BV: Float[Array, "B V"],
     rows_B: Int[Array, "B"],
     positions_B: Int[Array, "B"],
-    settings: dict[str, jax.Array],
+    scalars: dict[str, jax.Array],
     *,
     greedy: bool,
     cuts: bool,
@@ -96,13 +107,12 @@ def choose(
     """The next token of each row, to stand at `positions_B`.
 
     Args:
-        settings: scalars `temperature`, `top_p` (float32), `top_k`, `seed` (int32): another value does not recompile.
-        greedy, cuts: of `Sampling`; they decide the program.
+        scalars, greedy, cuts: of `Sampling`; the last two decide the program.
     """
     if greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # From the greatest down, so that a tiny temperature overflows to -inf rather than to several +inf.
-    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / settings["temperature"]
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / scalars["temperature"]
     if cuts:
-        logits_BV = jnp.where(allowed(logits_BV, settings["top_k"], settings["top_p"]), logits_BV, -jnp.inf)
-    return draw(logits_BV, rows_B, positions_B, settings["seed"])
+        logits_BV = jnp.where(allowed(logits_BV, scalars["top_k"], scalars["top_p"]), logits_BV, -jnp.inf)
+    return draw(logits_BV, rows_B, positions_B, scalars["seed"])

@@ -46,10 +46,10 @@ class TextStream:
 
 
 class Output:
-    """Writes rows of text to stdout: the first one as it comes where that is a terminal, the others when all are done."""
+    """Writes rows of text to stdout, all when they are done; on a terminal the first one as it comes."""
 
     def __init__(self, prompts: Sequence[str], streams: Sequence[TextStream]):
-        self._texts = [prompt for prompt in prompts]
+        self._texts = list(prompts)
         self._streams, self._terminal = streams, sys.stdout.isatty()
         self._shown = False
 

@@ -1,0 +1,59 @@
+"""Tiny models for the tests of generation: a GPT, a Llama with everything Gemma adds, and multi-query attention."""
+
+import jax
+import numpy as np
+
+from jaxlm.config import mesh_spec
+from jaxlm.config.schema import ModelConfig
+from jaxlm.models.block import kv_heads
+from jaxlm.models.build import Model, Params, build
+from jaxlm.models.runtime import Runtime
+from jaxlm.parallel import mesh as meshes
+from jaxlm.parallel import rules
+
+GPT = ModelConfig(layers=2, embed=32, heads=4, mlp=64, max_positions=64)
+LLAMA = ModelConfig(
+    layers=3,
+    embed=32,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    mlp=48,
+    gated=True,
+    activation="silu",
+    norm="rms",
+    norm_offset=True,
+    norm_placement="sandwich",
+    positions="rotary",
+    rope_local_theta=1000.0,
+    qkv_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm="head",
+    windows=(5, 0),
+    attention_softcap=5.0,
+    logit_softcap=10.0,
+    tied=False,
+    embed_scale=True,
+)
+MULTI_QUERY = ModelConfig(layers=2, embed=32, heads=4, kv_heads=1, mlp=64, positions="rotary", norm="rms")
+CONFIGS = {"gpt": GPT, "llama": LLAMA, "multi_query": MULTI_QUERY}
+VOCABULARY = 100
+
+
+def make(
+    config: ModelConfig, mesh: str = "dp1", vocabulary: int = VOCABULARY, **runtime
+) -> tuple[Model, Params, Runtime]:
+    """Model, parameters with weights large enough that every token depends on its context, and runtime on `mesh`."""
+    spec = mesh_spec.parse(mesh)
+    layout = rules.layout(meshes.from_devices(spec, jax.devices()[: spec.device_count]), kv_heads=kv_heads(config))
+    model = build(config, vocabulary)
+    random = np.random.default_rng(3)
+
+    def weights(path, leaf, dims):
+        scale = path[-1].key == "scale" and not config.norm_offset
+        values = scale + 0.3 * random.standard_normal(leaf.shape, np.float32)
+        return jax.device_put(values, layout.sharding(dims, leaf.shape))
+
+    params = jax.tree_util.tree_map_with_path(weights, model.abstract, model.dims)
+    return model, params, Runtime(layout=layout, **runtime)
