@@ -4,13 +4,16 @@ import os
 from pathlib import Path
 
 from jaxlm.config import cli
+from jaxlm.config.checks import check
 from jaxlm.config.load import dump, load
+from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
 
 
 def main(argv: list[str]) -> None:
     """Read the configuration, then train, or only explain what training would do."""
     config, flags = load(RunConfig, argv, ("print-config", "dry-run", "explain"))
+    check(config, parse(config.mesh))  # before jax is imported: a mistake is answered at once
     if "print-config" in flags:
         print(dump(config), end="")
         return

@@ -131,8 +131,13 @@ def train_step(
     config: RunConfig,
     runtime: Runtime,
     plan: StatePlan,
+    *,
+    keep_gradients: bool = False,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """The pure step. A step whose loss or gradient is not finite changes nothing but the counters."""
+    """The pure step. A step whose loss or gradient is not finite changes nothing but the counters.
+
+    With `keep_gradients` the metrics hold the gradients too: for proofs, at the price of their memory.
+    """
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params, scale = state["params"], state.get("loss_scale", {}).get("scale", 1.0)
@@ -142,7 +147,7 @@ def train_step(
         grads, total, count = gradients(
             model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients
         )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         loss = total / jnp.maximum(count, 1.0)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
@@ -163,6 +168,8 @@ def train_step(
             "skipped_steps": new["skipped"],
             "streak": new["streak"],
         }
+        if keep_gradients:
+            metrics["gradients"] = grads
         return new, metrics
 
     return step
