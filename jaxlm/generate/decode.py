@@ -108,18 +108,18 @@ class Generator:
         on_token: OnToken | None = None,
     ) -> list[list[int]]:
         """See `generate`."""
-        prompts = [list(prompt) or ([] if eos_id is None else [eos_id]) for prompt in prompts]
-        self._check(prompts, max_new_tokens)
-        new: list[list[int]] = [[] for _ in prompts]
-        if not prompts or not max_new_tokens:
+        given = [list(prompt) or ([] if eos_id is None else [eos_id]) for prompt in prompts]
+        self._check(given, max_new_tokens)
+        new: list[list[int]] = [[] for _ in given]
+        if not given or not max_new_tokens:
             return new
         params = self._in_compute_dtype(params)
-        batch = self._place(left_padded(prompts, rows=self._rows(len(prompts))))
+        batch = self._place(left_padded(given, rows=self._rows(len(given))))
         scalars = self._place(rule.scalars)
         times = [time.perf_counter()]
         prefill, step = self._programs(params, batch, scalars, max_new_tokens, rule)
         times.append(time.perf_counter())
-        live = set(range(len(prompts)))
+        live = set(range(len(given)))
         for tokens in _stream(prefill, step, params, batch, scalars, max_new_tokens):
             times.append(time.perf_counter())
             for row in sorted(live):
@@ -134,7 +134,7 @@ class Generator:
                 break
         self.speed = Speed(
             compile_seconds=times[1] - times[0],
-            prompt_tokens=sum(map(len, prompts)),
+            prompt_tokens=sum(map(len, given)),
             prefill_seconds=times[2] - times[1],
             decoded_tokens=sum(max(len(row) - 1, 0) for row in new),
             decode_seconds=times[-1] - times[2],
@@ -199,7 +199,7 @@ class Generator:
         """The compiled prefill and step."""
         rows, length = batch["tokens"].shape
         slots = length + bucket(max_new_tokens)
-        mode = {"greedy": rule.greedy, "cuts": rule.cuts and not rule.greedy}
+        mode: dict[str, Any] = {"greedy": rule.greedy, "cuts": rule.cuts and not rule.greedy}
         cache = self._abstract_cache(rows, slots)
         whole = self.runtime.layout.sharding(())  # every host reads the tokens
         last = {name: jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole) for name in ("tokens", "positions")}
