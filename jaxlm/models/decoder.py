@@ -21,6 +21,9 @@ from jaxlm.models.layers import Linear, Norm, dropout, normal, parameter
 from jaxlm.models.rope import Rotation, rotation
 from jaxlm.models.runtime import Runtime
 
+MOST_UNROLLED = 4
+"""Layers of the deepest model whose loop over layers is written out."""
+
 Cache = dict[str, Any]
 """k, v [L, B, S, K, H]; positions, segments [B, S] (segment -1: empty); length, the slots used."""
 
@@ -148,7 +151,7 @@ def _run_stack(
     kv = None if cache is None else (cache["k"], cache["v"])
     xs = (stacked, jnp.arange(config.layers, dtype=jnp.int32), kv)
     main = jax.tree.map(lambda a: _periods(a[:whole] if whole < config.layers else a, period), xs)
-    x, out = jax.lax.scan(turn, x, main)
+    x, out = jax.lax.scan(turn, x, main, unroll=_unroll(config, runtime))
     if period > 1:
         out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
     for i in range(whole, config.layers):
@@ -168,6 +171,14 @@ def _rotations(config: ModelConfig, windows: tuple[int, ...], positions: jax.Arr
     if config.rope_local_theta is not None:
         local = replace(config, rope_theta=config.rope_local_theta, rope_scaling="none")
     return {w: rotation(local if w else config, head_size(config), positions) for w in windows}
+
+
+def _unroll(config: ModelConfig, runtime: Runtime) -> int | bool:
+    """Whether to write the layers out, one after the other, instead of looping: on CPU a loop's bookkeeping of what the
+    backward needs costs a tenth of the time of a small model. Where something is recomputed only a loop keeps XLA from
+    merging it with the forward pass."""
+    small = config.layers <= MOST_UNROLLED and runtime.platform == "cpu"
+    return small and runtime.remat == "none" and not runtime.copies_weights
 
 
 def _periods(a: jax.Array, period: int) -> jax.Array:

@@ -37,10 +37,15 @@ class Runtime:
         cast = jnp.dtype(dtype or self.dtype)
         return _gather(self.layout, dims, cast, value) if self._gathers(dims) else value.astype(cast)
 
-    def copies(self, parameter: nnx.Param) -> bool:
-        """Whether `use` makes a copy, which the backward pass should make again rather than keep."""
-        own = self.pick is None and parameter[...].dtype == self.dtype
-        return not own or self._gathers(parameter.get_metadata()["dims"])
+    @property
+    def platform(self) -> str:
+        """Of the devices: "cpu", "gpu" or "tpu"."""
+        return self.layout.mesh.devices.flat[0].platform
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether `use` makes copies of weights, which the backward pass should make again rather than keep."""
+        return self.pick is not None or self.dtype != jnp.float32 or self.layout.axis_size("embed") > 1
 
     def _gathers(self, dims: Dims) -> bool:
         return "embed" in dims and self.layout.axis_size("embed") > 1

@@ -393,6 +393,6 @@ def dropped(mesh: str, key: jax.Array | None, **keys) -> np.ndarray:
 def test_dropout_is_off_without_a_key_and_the_same_on_any_mesh():
     off, on, other = (dropped("dp1", key) for key in (None, jax.random.key(0), jax.random.key(1)))
     plain, _ = computed("gpt2")(model("gpt2")[1], packed())
-    np.testing.assert_allclose(off[0], plain[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(off[0], plain[0], rtol=1e-5, atol=1e-5)
     assert error(on, off) > 0.1 and error(other, on) > 0.1
     np.testing.assert_allclose(dropped("dp4,tp2", jax.random.key(0)), on, rtol=1e-4, atol=1e-5)

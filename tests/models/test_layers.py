@@ -148,4 +148,4 @@ def test_use_picks_a_layer():
     stack = stack.replace(stack[...], dims=("embed", None))
     for i in range(3):
         np.testing.assert_array_equal(runtime(pick=i).use(stack), stack[...][i])
-    assert not runtime().copies(stack) and runtime(pick=0).copies(stack)
+    assert not runtime().copies_weights and runtime(pick=0).copies_weights
