@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from jaxlm.generate.decode import generate
 from tests.generate.tiny import GPT, make
 
@@ -23,6 +25,7 @@ print("new", json.dumps(generate(*make(GPT, "dp2,tp2"), [[5, 6], [7]], **json.lo
 """
 
 
+@pytest.mark.slow
 def test_two_processes():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
