@@ -117,7 +117,6 @@ class Attention(nnx.Module):
             backend=runtime.attention,
             mesh=layout.mesh,
         )
-        o_BTNH = checkpoint_name(o_BTNH, "attention_heads")
         return self.output(o_BTNH, runtime), cache
 
     def _project(self, x_BTD: jax.Array, runtime: Runtime) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -95,6 +95,6 @@ def build(config: ModelConfig, tokenizer_vocabulary: int | None) -> Model:
         own: Dims = variable.get_metadata()["dims"]
         node = dims
         for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = ("layers", *own) if path[0] == "blocks" else own
+            node = node.setdefault(str(part), {})
+        node[str(path[-1])] = ("layers", *own) if path[0] == "blocks" else own
     return Model(config=config, vocabulary=vocabulary, graph=graph, abstract=nnx.to_pure_dict(state), dims=dims)

@@ -122,11 +122,11 @@ def _run_stack(
     windows = config.windows or (0,)
     period = len(windows)
     turns = _rotations(config, windows, where.positions_BT)
-    start = None if cache is None else cache["length"]
+    start: Any = None if cache is None else cache["length"]
 
     def apply(i: int, picked: bool, params, x: jax.Array, layer: jax.Array, kv) -> tuple[jax.Array, Any]:
         block, window = nnx.merge(graph, params), windows[i % period]
-        layer_cache = None if kv is None else LayerCache(*kv, start)
+        layer_cache = None if kv is None else LayerCache(kv[0], kv[1], start)
         layer_key = None if key is None else jax.random.fold_in(key, layer)
         # Picking happens where weights are used: slices made out here would be kept, whole, for the backward pass.
         own = replace(runtime, pick=i) if picked else runtime

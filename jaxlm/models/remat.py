@@ -5,10 +5,12 @@ from collections.abc import Callable
 import jax
 
 from jaxlm.config.errors import UserError
+from jaxlm.models.attention import SAVED_NAME
 from jaxlm.models.runtime import Runtime
 
-SAVED = ("attention_out", "mlp_out")
-"""Named tensors that `selective` keeps: the outputs of both sublayers, [B, T, D] each."""
+SAVED = ("attention_out", "mlp_out", SAVED_NAME)
+"""Named tensors that `selective` keeps: the outputs of both sublayers, and attention's before its projection with the
+log-sum-exp, without which attention would run its forward pass again."""
 
 
 def checkpoint(block: Callable, runtime: Runtime, *, scanned: bool) -> Callable:

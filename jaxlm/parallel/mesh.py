@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.mesh_spec import AXES, BUILT, MeshSpec
+from jaxlm.parallel.host import keep_heap
 
 
 def build(
@@ -43,6 +44,8 @@ def build(
     if simulated and spec.device_count < len(devices) and not spec.inferred:
         devices = devices[: spec.device_count]
     resolved = spec.resolve(len(devices))
+    if devices[0].platform == "cpu":
+        keep_heap()
     if simulated and len(devices) > 1:
         announce(f"simulating {len(devices)} devices on this CPU host for mesh {resolved} (--no-simulate to forbid)")
     return from_devices(resolved, devices), resolved
@@ -80,7 +83,11 @@ def _join_processes() -> None:
     try:
         numbers = {name: int(os.environ[key]) for name, key in variables.items() if key in os.environ}
         # When a process dies the others end after this time, rather than wait 100 seconds in a collective.
-        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=30)
+        jax.distributed.initialize(
+            num_processes=numbers.get("num_processes"),
+            process_id=numbers.get("process_id"),
+            heartbeat_timeout_seconds=30,
+        )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

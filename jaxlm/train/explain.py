@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -72,11 +72,11 @@ def explain(model: Model, plan: StatePlan, compiled: jax.stages.Compiled, consol
     table.add_row("total", f"{count:,}", "", "", f"{sum(r.bytes for r in rows):,} bytes in all", _device_bytes(rows))
     console.print(table)
     memory(plan, compiled, console)
-    mesh = rows[0].sharding.mesh
+    mesh = cast(Mesh, rows[0].sharding.mesh)
     traffic = Table(title="collectives of one compiled step, per device", box=box.SIMPLE_HEAD)
     for column in ("kind", "axis", "count", "bytes"):
         traffic.add_column(column, justify="left" if column in ("kind", "axis") else "right")
-    found = collectives(compiled.as_text(), mesh)
+    found = collectives(compiled.as_text() or "", mesh)
     for c in found:
         traffic.add_row(c.kind, c.axes, f"{c.count:,}", f"{c.bytes:,}")
     if not found:

@@ -12,12 +12,17 @@ def write_sample(assembly: Assembly, tokenizer: Tokenizer, params: Any, folder: 
     """Continue `eval.prompt` by `eval.sample_tokens` tokens, append the text to samples.txt and return it."""
     config = assembly.config.eval
     prompt = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
+    model, length = assembly.model.config, config.sample_tokens
+    if model.positions == "learned":
+        # A sample is a courtesy: one as long as the position table allows is better than an error after the training.
+        prompt = prompt[: model.max_positions // 2]
+        length = min(length, model.max_positions - len(prompt))
     continuation = generate(
         assembly.model,
         params,
         assembly.runtime,
         [prompt],
-        max_new_tokens=config.sample_tokens,
+        max_new_tokens=length,
         temperature=0.8,
         top_p=0.95,
         seed=step,

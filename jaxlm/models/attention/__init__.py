@@ -51,10 +51,9 @@ def attend(
     if backend == "xla" and not cached:
         return xla_self_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale, window, softcap)
     if backend in ("reference", "xla"):
-        kv_segments_BS, kv_positions_BS = (
-            (kv_segments_BS, kv_positions_BS) if cached else (q_segments_BT, q_positions_BT)
-        )
-        visible_BTS = visible(q_segments_BT, kv_segments_BS, q_positions_BT, kv_positions_BS, window)
+        kv_segments = q_segments_BT if kv_segments_BS is None else kv_segments_BS
+        kv_positions = q_positions_BT if kv_positions_BS is None else kv_positions_BS
+        visible_BTS = visible(q_segments_BT, kv_segments, q_positions_BT, kv_positions, window)
         run = reference_attention if backend == "reference" else xla_attention
         return run(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=scale, softcap=softcap)
     if cached:

@@ -97,7 +97,8 @@ def _backward(scale, window, softcap, residuals, do_BTNH):
     dtype, length = q_BKGTH.dtype, q_BKGTH.shape[3]
     do_BKGTH = _grouped(do_BTNH, k_BKTH.shape[1])
     delta_BKGT1 = (do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    dq_blocks, dk_BKHT, dv_BKHT = [], 0.0, 0.0
+    dq_blocks: list[jax.Array] = []
+    dk_BKHT = dv_BKHT = jnp.zeros((), jnp.float32)
     for block in query_blocks(length, window):
         first, end, start = block
         q, do = q_BKGTH[:, :, :, first:end], do_BKGTH[:, :, :, first:end]
