@@ -27,9 +27,10 @@ from jaxlm.train.evaluate import Evaluator
 from jaxlm.train.faults import StopRequest, check_streak
 from jaxlm.train.sample import write_sample
 from jaxlm.train.state import State
-from jaxlm.train.step import Metrics
+from jaxlm.train.step import Batch, Metrics
 
 Say = Callable[[str], None]
+Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 def run(config: RunConfig) -> None:
@@ -113,7 +114,7 @@ class Run:
             state = self._steps(compiled, state, start.step, stop)
         self._finish(state)
 
-    def _steps(self, compiled: jax.stages.Compiled, state: State, step: int, stop: StopRequest) -> State:
+    def _steps(self, compiled: Step, state: State, step: int, stop: StopRequest) -> State:
         """Dispatch step after step. A step's metrics are read once the next one is under way, never sooner."""
         config = self.config
         size, length = config.data.batch_size, config.data.sequence_length

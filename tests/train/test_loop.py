@@ -1,0 +1,265 @@
+"""The loop as commands see it, and what it promises: nothing waits, nothing recompiles, nothing is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.checkpoint.store import Store
+from jaxlm.config.errors import Diverged, NoValidCheckpoint, UserError
+from jaxlm.config.load import load
+from jaxlm.config.schema import RunConfig
+from jaxlm.metrics.jsonl import read
+from jaxlm.train import loop
+from jaxlm.train.assemble import Assembly
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty small documents with something to learn in them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "omega"]
+    for i in range(40):
+        text = " ".join(f"{words[k]}({k})" for k in random.integers(0, 5, 200))
+        (folder / f"{i}.txt").write_text(text)
+    return folder
+
+
+def arguments(corpus: Path, run: Path, **keys: object) -> list[str]:
+    base = {
+        "data.path": corpus,
+        "data.cache": corpus.parent / "cache",
+        "data.tokenizer": "bytes",
+        "data.sequence-length": 32,
+        "data.batch-size": 8,
+        "model.layers": 2,
+        "model.embed": 32,
+        "model.heads": 2,
+        "model.mlp": 64,
+        "train.steps": 8,
+        "train.log-every": 1,
+        "checkpoint.every": 4,
+        "eval.every": 4,
+        "eval.batches": 2,
+        "eval.sample-tokens": 8,
+        "optimizer.warmup-steps": 2,
+        "run": run,
+    }
+    keys = {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()}
+    return [f"--{key}={value}" for key, value in (base | keys).items()]
+
+
+def train(corpus: Path, run: Path, **keys: object) -> None:
+    loop.run(load(RunConfig, arguments(corpus, run, **keys))[0])
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read(run / "metrics.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that nothing disturbs."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(corpus, run)
+    return run
+
+
+def test_a_run_leaves_its_folder(whole: Path) -> None:
+    lines = read(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    promised = {"step", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "data_wait_seconds"}
+    promised |= {"tokens_per_second", "tflops_per_device", "mfu", "skipped_steps"}
+    assert promised <= set(lines[-1])
+    assert lines[-1]["tokens"] == 8 * 8 * 32
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    evaluations = read(whole / "eval.jsonl")
+    assert [line["step"] for line in evaluations] == [4, 8]
+    # With a token a byte, bits per byte are the loss in bits, but for the ends of documents, which stand for no byte.
+    assert evaluations[-1]["bits_per_byte"] == pytest.approx(evaluations[-1]["loss"] / np.log(2), rel=0.02)
+    assert evaluations[-1]["perplexity"] == pytest.approx(np.exp(evaluations[-1]["loss"]))
+    assert [event["event"] for event in read(whole / "events.jsonl")] == ["start", "save", "save", "end"]
+    assert Store(whole / "checkpoints").steps() == [4, 8]
+    assert "step 8" in (whole / "samples.txt").read_text()
+    assert load(RunConfig, [f"--config={whole / 'config.yaml'}"])[0].train.steps == 8
+
+
+def test_a_resumed_run_is_the_same_run_bitwise(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path)
+    (tmp_path / "checkpoints" / "8" / "manifest.json").unlink()
+    train(corpus, tmp_path)
+    assert [event["event"] for event in read(tmp_path / "events.jsonl")].count("resume") == 1
+    assert losses(tmp_path) == losses(whole), "every digit of every loss"
+    saved = [json.loads((run / "eval.jsonl").read_text().splitlines()[-1]) for run in (tmp_path, whole)]
+    assert saved[0] == saved[1]
+
+
+def test_a_run_resumes_on_another_mesh(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path, mesh="dp2,tp2")
+    (tmp_path / "checkpoints" / "8" / "manifest.json").unlink()
+    train(corpus, tmp_path, mesh="fsdp4")
+    np.testing.assert_allclose(list(losses(tmp_path).values()), list(losses(whole).values()), rtol=1e-5)
+
+
+def test_a_finished_run_stays_finished_and_goes_on_with_more_steps(
+    corpus: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(corpus, tmp_path, train__steps=4)
+    train(corpus, tmp_path, train__steps=4)
+    assert "all 4 steps are done" in capsys.readouterr().out
+    train(corpus, tmp_path, train__steps=6)
+    assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_never_and_must(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="resume=never"):
+        train(corpus, whole, resume="never")
+    with pytest.raises(NoValidCheckpoint, match="resume=must"):
+        train(corpus, tmp_path, resume="must")
+
+
+def test_a_damaged_newest_checkpoint_is_not_used(corpus: Path, tmp_path: Path, capsys) -> None:
+    train(corpus, tmp_path)
+    victim = next(path for path in (tmp_path / "checkpoints" / "8").rglob("d/*") if path.stat().st_size > 1000)
+    content = bytearray(victim.read_bytes())
+    content[500] ^= 1
+    victim.write_bytes(content)
+    train(corpus, tmp_path)
+    text = capsys.readouterr().out
+    assert "checkpoint 8 is damaged" in text and "continuing from step 4" in text
+    victim.unlink(missing_ok=True)
+    for manifest in (tmp_path / "checkpoints").glob("*/manifest.json"):
+        manifest.write_text("{}")
+    with pytest.raises(NoValidCheckpoint):
+        train(corpus, tmp_path)
+
+
+def test_another_model_in_the_folder_is_refused(corpus: Path, whole: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.embed") as raised:
+        train(corpus, whole, model__embed=64)
+    assert "\n" not in str(raised.value)
+
+
+def test_numbers_that_stay_bad_stop_the_run(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="last 3 steps"):
+        train(
+            corpus, tmp_path, train__max_skipped=3, optimizer__learning_rate=1e30, optimizer__schedule="constant",
+            optimizer__clip_norm=0, optimizer__warmup_steps=0, eval__every=0,
+        )  # fmt: skip
+
+
+def test_a_step_is_dispatched_before_the_last_one_is_read(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """A metric is read in `Run._read` alone: nothing else of the loop touches what a step returned."""
+    log: list[tuple[str, int]] = []
+    compile_, read_ = Assembly.compile, loop.Run._read
+
+    def recorded(self: Assembly):
+        compiled = compile_(self)
+
+        def dispatch(state, batch):
+            log.append(("dispatch", 1 + sum(kind == "dispatch" for kind, _ in log)))
+            return compiled(state, batch)
+
+        return dispatch
+
+    def read_recorded(self, step: int, metrics) -> None:
+        log.append(("read", step))
+        read_(self, step, metrics)
+
+    monkeypatch.setattr(Assembly, "compile", recorded)
+    monkeypatch.setattr(loop.Run, "_read", read_recorded)
+    train(corpus, tmp_path, checkpoint__every=0, eval__every=0, eval__sample_tokens=0)
+    expected = [("dispatch", 1)]
+    for step in range(1, 8):
+        expected += [("dispatch", step + 1), ("read", step)]
+    assert log == [*expected, ("read", 8)]
+
+
+def test_nothing_compiles_after_the_first_step(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """Counts compilations between the second step and the last, through the evaluation and saves between them."""
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    counts = {}
+    real = loop.Meter.count
+
+    def count(self, waited: float) -> None:
+        counts[len(counts) + 1] = len(compiled)
+        real(self, waited)
+
+    monkeypatch.setattr(loop.Meter, "count", count)
+    train(corpus, tmp_path, train__steps=12, checkpoint__every=3, eval__every=3, eval__sample_tokens=0)
+    assert counts[1] > 0, "the listener hears nothing"
+    # The first evaluation and save, after step 3, may compile; from then on nothing does.
+    assert counts[2] == counts[1] and counts[12] == counts[4], counts
+
+
+def test_a_profile_of_the_asked_steps(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path, profile__steps="3:4", eval__every=0, checkpoint__every=0, eval__sample_tokens=0)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def command(corpus: Path, run: Path, **keys: object) -> list[str]:
+    return [sys.executable, "-m", "jaxlm.train", *arguments(corpus, run, **keys)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75(corpus: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command(corpus, run, train__steps=100000, checkpoint__every=0, eval__every=0),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(read(run / "metrics.jsonl")) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert errors.strip().splitlines()[-1].startswith(f"error: {number.name}: saved step")
+    assert "Traceback" not in errors
+    step = Store(run / "checkpoints").steps()[-1]
+    assert step == read(run / "metrics.jsonl")[-1]["step"]
+
+
+def test_mistakes_end_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    mistakes = {
+        "no axis 'dq'": {"mesh": "dq2"},
+        "does not divide by dp 3": {"mesh": "dp3"},
+        "--model.heads=2": {"mesh": "tp4"},
+        "does not support pp yet": {"mesh": "pp2"},
+        "nearest is --model.embed": {"model.embd": 3},
+        "too long": {"data.sequence-length": 1000000, "model.positions": "rotary"},
+        "no such": {"data.path": tmp_path / "missing"},
+    }
+    for text, keys in mistakes.items():
+        found = subprocess.run(
+            [*command(corpus, tmp_path / "run"), *(f"--{key}={value}" for key, value in keys.items())],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert found.returncode == 2, (text, found)
+        assert len(found.stderr.splitlines()) == 1 and text in found.stderr, found.stderr
+
+
+def test_the_preview_of_a_large_recipe_needs_no_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from jaxlm.train.preview import preview
+
+    keys = ["--model.vocabulary=250", "--mesh=dp2,tp2", f"--run={tmp_path}", "--model.layers=2", "--data.path=nowhere"]
+    preview(load(RunConfig, keys)[0], full=True)
+    text = capsys.readouterr().out
+    assert "blocks.mlp.up.kernel" in text and "all-reduce" in text and "temporaries of the step" in text
+    assert (tmp_path / "sharding.png").stat().st_size > 10_000
+
+
