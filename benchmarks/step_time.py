@@ -162,14 +162,15 @@ def torch_turn(options: Options, config: RunConfig, vocabulary: int, process: co
         print("PyTorch left out: not installed (--torch names another Python)", file=sys.stderr, flush=True)
         return None
     sizes = json.dumps(shape_of(config, vocabulary, 1).__dict__)
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # else waiting threads spin, and count as CPU time
     child = subprocess.Popen(
-        [options.torch, str(here / "torch_step.py"), sizes, str(options.steps)],
+        [options.torch, str(here / "torch_step.py"), sizes, str(options.steps)], env=environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     process.enter_context(child)
     process.callback(child.terminate)
     ready = json.loads(child.stdout.readline())
-    print(f"PyTorch {ready['version']}: {ready['mode']}", file=sys.stderr, flush=True)
+    print(f"PyTorch {ready['version']} on {ready['threads']} threads", file=sys.stderr, flush=True)
 
     def turn() -> tuple[float, float]:
         child.stdin.write("go\n")
@@ -183,7 +184,6 @@ def measure(options: Options) -> dict[str, Any]:
     """All contenders on one mesh."""
     spec = parse(options.meshes[0].replace("+", ","))
     built, _ = meshes.build(spec)
-    # A rate of zero would let the two drift apart no less: both train on, on the one batch.
     config = load(RunConfig, [f"--mesh={spec}"])[0]
     vocabulary = config.data.vocabulary
     config = replace(config, model=replace(config.model, vocabulary=vocabulary))
