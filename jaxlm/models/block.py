@@ -142,8 +142,9 @@ class Attention(nnx.Module):
                 runtime,
             )
             y = layout.constrain(y, "batch", "sequence", "kv_heads", None, None)
-            q = y[..., :group, :].reshape(*x_BTD.shape[:2], self.config.heads, -1)
-            k, v = y[..., group, :], y[..., group + 1, :]
+            q, k, v = jnp.split(y, (group, group + 1), axis=-2)  # whose backward joins, where slices would pad and add
+            q = q.reshape(*x_BTD.shape[:2], self.config.heads, -1)
+            k, v = k.squeeze(-2), v.squeeze(-2)
         return (
             layout.constrain(q, "batch", "sequence", "heads", None),
             layout.constrain(k, "batch", "sequence", "kv_heads", None),

@@ -93,7 +93,7 @@ def cross_entropy(
 def _by_tokens(x_GLD, head, targets_GL, mask_GL, terms):
     def add_block(loss_G, start, size):
         x_GRD, targets_GR, mask_GR = _slices((x_GLD, targets_GL, mask_GL), start, size, axis=1)
-        sums = _add_chunk(None, _logits(x_GRD, head, terms), 0, targets_GR, terms)
+        sums, _ = _add_chunk(None, _logits(x_GRD, head, terms), 0, targets_GR, terms)
         return loss_G + (_combined(sums, terms)[1] * mask_GR).sum(axis=1)
 
     loss_G = jnp.zeros(x_GLD.shape[0], jnp.float32)
@@ -107,8 +107,10 @@ def _by_tokens_forward(x_GLD, head, targets_GL, mask_GL, terms):
         loss_G, dx_SGLD, dhead_GDSW = carry
         x_GRD, targets_GR, mask_GR = _slices((x_GLD, targets_GL, mask_GL), start, size, axis=1)
         logits_GRSW = _logits(x_GRD, head, terms)
-        lse_GR, loss_GR = _combined(_add_chunk(None, logits_GRSW, 0, targets_GR, terms), terms)
-        d_GRSW = _logits_gradient(logits_GRSW, 0, lse_GR, targets_GR, mask_GR, terms).astype(x_GLD.dtype)
+        sums, powers_GRSW = _add_chunk(None, logits_GRSW, 0, targets_GR, terms)
+        lse_GR, loss_GR = _combined(sums, terms)
+        shares_GRSW = powers_GRSW * jnp.exp(sums[0] - lse_GR[..., None])[..., None]
+        d_GRSW = _logits_gradient(shares_GRSW, logits_GRSW, 0, lse_GR, targets_GR, mask_GR, terms).astype(x_GLD.dtype)
         dx_SGLD = jax.lax.dynamic_update_slice_in_dim(dx_SGLD, _dx(d_GRSW, head, terms), start, axis=2)
         return loss_G + (loss_GR * mask_GR).sum(axis=1), dx_SGLD, dhead_GDSW + _matmul("grd,grsc->gdsc", x_GRD, d_GRSW)
 
@@ -136,7 +138,8 @@ def _by_vocabulary(x_GLD, head, targets_GL, mask_GL, terms):
 def _by_vocabulary_forward(x_GLD, head, targets_GL, mask_GL, terms):
     def add_chunk(sums, start, size):
         (columns,) = _slices((head,), start, size, axis=_axis(terms))
-        return _add_chunk(sums, _logits(x_GLD, columns, terms), start, targets_GL, terms, _split_shape(head, terms)[1])
+        logits_GLSC, local = _logits(x_GLD, columns, terms), _split_shape(head, terms)[1]
+        return _add_chunk(sums, logits_GLSC, start, targets_GL, terms, local)[0]
 
     shards, local = _split_shape(head, terms)
     zeros_GLS = jnp.zeros((*targets_GL.shape, shards), jnp.float32)
@@ -154,7 +157,9 @@ def _by_vocabulary_backward(terms, residuals, cotangent):
         dx_SGLD, dhead = grads
         (columns,) = _slices((head,), start, size, axis=_axis(terms))
         logits_GLSC = _logits(x_GLD, columns, terms)
-        d_GLSC = _logits_gradient(logits_GLSC, start, lse_GL, targets_GL, weight_GL, terms, local).astype(x_GLD.dtype)
+        shares_GLSC = jnp.exp(logits_GLSC - lse_GL[..., None, None])
+        d_GLSC = _logits_gradient(shares_GLSC, logits_GLSC, start, lse_GL, targets_GL, weight_GL, terms, local)
+        d_GLSC = d_GLSC.astype(x_GLD.dtype)
         more = _as_head(_matmul("gld,glsc->dsc", x_GLD, d_GLSC), terms).astype(head.dtype)
         dhead = jax.lax.dynamic_update_slice_in_dim(dhead, more, start, axis=_axis(terms))
         return dx_SGLD + _dx(d_GLSC, columns, terms), dhead
@@ -168,12 +173,14 @@ _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 
 
 def _add_chunk(sums, logits_GRSC, start, targets_GR, terms, local=None):
-    """Running [G, R, S] of: largest logit, sum of exponentials relative to it, the target's logit, sum of logits."""
+    """Running [G, R, S] of: largest logit, sum of exponentials relative to it, the target's logit, sum of logits; and
+    those exponentials of this chunk."""
     shards, size = logits_GRSC.shape[2:]
     ids_SC, padded = _ids(shards, local or size, start, size), shards * (local or size) > terms.vocabulary
     masked = jnp.where(_wide(ids_SC < terms.vocabulary), logits_GRSC, HIDDEN) if padded else logits_GRSC
     peak = masked.max(axis=3) if sums is None else jnp.maximum(sums[0], masked.max(axis=3))
-    total = jnp.exp(masked - peak[..., None]).sum(axis=3)
+    powers_GRSC = jnp.exp(masked - peak[..., None])
+    total = powers_GRSC.sum(axis=3)
     if local is None and shards == 1:
         target = jnp.take_along_axis(logits_GRSC[:, :, 0], targets_GR[..., None], axis=2)
     else:
@@ -183,8 +190,8 @@ def _add_chunk(sums, logits_GRSC, start, targets_GR, terms, local=None):
     if terms.label_smoothing:
         every = (jnp.where(_wide(ids_SC < terms.vocabulary), logits_GRSC, 0.0) if padded else logits_GRSC).sum(axis=3)
     if sums is None:
-        return peak, total, target, every
-    return peak, sums[1] * jnp.exp(sums[0] - peak) + total, sums[2] + target, sums[3] + every
+        return (peak, total, target, every), powers_GRSC
+    return (peak, sums[1] * jnp.exp(sums[0] - peak) + total, sums[2] + target, sums[3] + every), powers_GRSC
 
 
 def _combined(sums, terms):
@@ -200,8 +207,9 @@ def _combined(sums, terms):
     return lse_GR, loss_GR
 
 
-def _logits_gradient(logits_GRSC, start, lse_GR, targets_GR, weight_GR, terms, local=None):
-    """Gradient of the weighted loss with respect to the raw logits (before the soft cap), float32."""
+def _logits_gradient(shares_GRSC, logits_GRSC, start, lse_GR, targets_GR, weight_GR, terms, local=None):
+    """Gradient of the weighted loss with respect to the raw logits (before the soft cap), float32; `shares_GRSC` are
+    the probabilities."""
     shards, size = logits_GRSC.shape[2:]
     ids_SC = _ids(shards, local or size, start, size)
     slope_GR = weight_GR * (1.0 + 2.0 * terms.z_loss * lse_GR) if terms.z_loss else weight_GR
@@ -209,7 +217,7 @@ def _logits_gradient(logits_GRSC, start, lse_GR, targets_GR, weight_GR, terms, l
     wanted = jnp.where(is_target, ((1.0 - terms.label_smoothing) * weight_GR)[..., None, None], 0.0)
     if terms.label_smoothing:
         wanted += (terms.label_smoothing / terms.vocabulary * weight_GR)[..., None, None]
-    d_GRSC = jnp.exp(logits_GRSC - lse_GR[..., None, None]) * slope_GR[..., None, None] - wanted
+    d_GRSC = shares_GRSC * slope_GR[..., None, None] - wanted
     if terms.softcap is not None:
         d_GRSC *= 1.0 - (logits_GRSC / terms.softcap) ** 2
     if shards * (local or size) > terms.vocabulary:

@@ -82,7 +82,7 @@ def gradients(
     config: RunConfig,
     *,
     key: jax.Array | None = None,
-    scale: jax.Array | float = 1.0,
+    scale: jax.Array | None = None,
     shardings: Any,
 ) -> tuple[Any, jax.Array, jax.Array]:
     """Gradients of the mean loss (each token counted once, however the batch is cut), the loss sum and the token count.
@@ -91,18 +91,19 @@ def gradients(
     of the backward pass and is divided out again: what float16 needs to keep small gradients.
     """
     parts = config.train.microbatches
-    capacity = batch["tokens"].size  # keeps the backward pass of a sum near the scale of a mean
+    count = batch["loss_mask"].sum()
+    share = (1.0 if scale is None else scale) / jnp.maximum(count, 1.0)
 
-    def scaled_loss(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        total, count = loss_sums(model, params, part, runtime, config, key=key)
-        return total * (scale / capacity), (total, count)
+    def scaled_loss(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        total, _ = loss_sums(model, params, part, runtime, config, key=key)
+        return total * share, total
 
-    def one(part: Batch, key: jax.Array | None) -> tuple[Any, jax.Array, jax.Array]:
-        grads, (total, count) = jax.grad(scaled_loss, has_aux=True)(params, part, key)
-        return jax.lax.with_sharding_constraint(grads, shardings), total, count
+    def one(part: Batch, key: jax.Array | None) -> tuple[Any, jax.Array]:
+        grads, total = jax.grad(scaled_loss, has_aux=True)(params, part, key)
+        return jax.lax.with_sharding_constraint(grads, shardings), total
 
     if parts == 1:
-        grads, total, count = one(batch, key)
+        grads, total = one(batch, key)
     else:
         batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
 
@@ -112,10 +113,10 @@ def gradients(
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
 
         zeros = jax.tree.map(lambda p, s: jnp.zeros(p.shape, jnp.float32, device=s), params, shardings)
-        start = (zeros, jnp.float32(0), jnp.float32(0))
-        (grads, total, count), _ = jax.lax.scan(accumulate, start, (batch, jnp.arange(parts)))
-    rescale = capacity / (jnp.maximum(count, 1.0) * scale)
-    return jax.tree.map(lambda g, p: (g * rescale.astype(g.dtype)).astype(p.dtype), grads, params), total, count
+        (grads, total), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (batch, jnp.arange(parts)))
+    if scale is not None:
+        grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), total, count
 
 
 def _microbatches(x: jax.Array, parts: int, runtime: Runtime) -> jax.Array:
@@ -140,7 +141,7 @@ def train_step(
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        params, scale = state["params"], state.get("loss_scale", {}).get("scale", 1.0)
+        params, scale = state["params"], state.get("loss_scale", {}).get("scale")
         key = None
         if model.config.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state["step"])

@@ -87,16 +87,18 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap):
         o_BKGtH = _matmul("bkgts,bksh->bkgth", weights.astype(v_BKTH.dtype), v_BKTH[:, :, start:end]) / total
         outputs.append(o_BKGtH.astype(q_BTNH.dtype))
         normalizers.append(peak + jnp.log(total))
-    o_BKGTH = checkpoint_name(jnp.concatenate(outputs, axis=3), SAVED_NAME)
+    o_BTNH = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)), SAVED_NAME)
     lse_BKGT1 = checkpoint_name(jnp.concatenate(normalizers, axis=3), SAVED_NAME)
-    return _ungrouped(o_BKGTH), (q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BKGTH, lse_BKGT1)
+    return o_BTNH, (q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, lse_BKGT1)
 
 
 def _backward(scale, window, softcap, residuals, do_BTNH):
-    q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BKGTH, lse_BKGT1 = residuals
+    q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, lse_BKGT1 = residuals
     dtype, length = q_BKGTH.dtype, q_BKGTH.shape[3]
     do_BKGTH = _grouped(do_BTNH, k_BKTH.shape[1])
-    delta_BKGT1 = (do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    # Summed as the arrays lie, then turned: a sum over turned arrays costs XLA:CPU as much as a matmul.
+    delta_BTN1 = (do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    delta_BKGT1 = _grouped(delta_BTN1, k_BKTH.shape[1])
     dq_blocks: list[jax.Array] = []
     dk_BKHT = dv_BKHT = jnp.zeros((), jnp.float32)
     for block in query_blocks(length, window):
