@@ -1,11 +1,16 @@
 """What interrupts a run: signals that ask it to stop, and numbers that say it should."""
 
+import fcntl
+import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import jax
 
-from jaxlm.config.errors import Diverged
+from jaxlm.config.errors import Diverged, UserError
 
 
 class StopRequest:
@@ -31,6 +36,9 @@ class StopRequest:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal is None:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nstopping: the step under way is finished and saved (Ctrl-C again: end at once)\n")
         self.signal = signal.Signals(number)
 
 
@@ -41,3 +49,23 @@ def check_streak(streak: int, limit: int, step: int) -> None:
             f"loss or gradients were not finite in the last {streak} steps up to step {step}; they changed nothing; "
             "the checkpoints are sound: lower --optimizer.learning-rate, or look at the data around that step"
         )
+
+
+@contextmanager
+def alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the run folder while the block runs; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process trains in it: they would overwrite each other's checkpoints and metrics.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {folder}; stop it, or use another --run") from None
+        except OSError:
+            say(f"{folder} cannot be locked on this file system: take care that no other process trains in it")
+        yield

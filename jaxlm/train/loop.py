@@ -4,13 +4,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxlm.checkpoint.manifest import write_atomically
 from jaxlm.checkpoint.store import Store
 from jaxlm.config.checks import check, profile_window
-from jaxlm.config.errors import Preempted
+from jaxlm.config.errors import Diverged, Preempted
 from jaxlm.config.load import check_run_folder, dump
 from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
@@ -24,7 +27,7 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.train import resume
 from jaxlm.train.assemble import Assembly, assemble
 from jaxlm.train.evaluate import Evaluator
-from jaxlm.train.faults import StopRequest, check_streak
+from jaxlm.train.faults import StopRequest, alone, check_streak
 from jaxlm.train.sample import write_sample
 from jaxlm.train.state import State
 from jaxlm.train.step import Batch, Metrics
@@ -44,8 +47,13 @@ def run(config: RunConfig) -> None:
         parse(config.mesh), simulate=config.simulate, distributed=config.distributed, announce=leader.say
     )
     check(config, spec)
-    first = jax.process_index() == 0
     folder = check_run_folder(config)
+    with alone(folder, leader.say):
+        _run(config, mesh, str(spec), folder)
+
+
+def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
+    first = jax.process_index() == 0
     corpora = open_corpora(config.data)
     loader = Loader(corpora, config.data)
     say = Progress(config.train.steps, show=first).say
@@ -54,11 +62,11 @@ def run(config: RunConfig) -> None:
     say(f"unigram entropy {entropy:.3f} nats a token: the loss of guessing by frequency alone")
     assembly = assemble(config, mesh, corpora.tokenizer.vocabulary_size, say)
     with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every) as store:
-        step = resume.choose(store, config.resume, say)
+        start = resume.begin(assembly, store, resume.choose(store, config.resume, say))
         if first:
-            (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+            # Never half a file: a kill or a full disk here must not make the folder one that cannot be continued.
+            write_atomically(folder / "config.yaml", dump(config))
             corpora.tokenizer.save(folder / "tokenizer")
-        start = resume.begin(assembly, store, step)
         events = Events(folder, write=first)
         tracker = Tracker(
             folder,
@@ -69,7 +77,7 @@ def run(config: RunConfig) -> None:
             write=first,
         )
         with tracker, events, Progress(config.train.steps, start=start.step, show=first) as progress:
-            Run(assembly, corpora, loader, store, tracker, events, progress, folder, str(spec)).train(start)
+            Run(assembly, corpora, loader, store, tracker, events, progress, folder, spec).train(start)
 
 
 class Run:
@@ -92,6 +100,7 @@ class Run:
         self.folder, self.mesh = folder, mesh
         self.meter = Meter(assembly)
         self.position = self.seen_tokens = 0
+        self.profiling = False
         self.evaluate: Evaluator | None = None
         if self.config.eval.every and corpora.documents("validation"):
             held_out = Loader(corpora, self.config.data, "validation")
@@ -107,12 +116,14 @@ class Run:
         if start.step >= config.train.steps:
             progress.say(f"all {config.train.steps} steps are done; raise --train.steps to go on")
             return
+        if config.profile.steps and profile_window(config.profile.steps)[1] <= start.step:
+            progress.say(f"--profile.steps={config.profile.steps} is over before step {start.step + 1}: no profile")
         began = time.perf_counter()
         compiled = self.assembly.compile()
         progress.say(f"compiled in {time.perf_counter() - began:.1f} s; {self.meter.formula}")
         with StopRequest() as stop:
             state = self._steps(compiled, state, start.step, stop)
-        self._finish(state)
+            self._finish(state)
 
     def _steps(self, compiled: Step, state: State, step: int, stop: StopRequest) -> State:
         """Dispatch step after step. A step's metrics are read once the next one is under way, never sooner."""
@@ -120,40 +131,39 @@ class Run:
         size, length = config.data.batch_size, config.data.sequence_length
         end = self.position + (config.train.steps - step) * size
         sharding = self.assembly.batch
-        pending: tuple[int, Metrics] | None = None
+        pending: _Pending | None = None
         with batches(
             self.loader, self.position, size, lambda name: sharding[name].sharding, config.data.prefetch, end
         ) as stream:
             self.meter.restart()
             for self.position, batch, waited in stream:
                 step += 1
-                self._profile(step)
+                self._profile(step, state)
                 state, metrics = compiled(state, batch)
                 self.seen_tokens += size * length
-                self.meter.count(waited)
                 if pending:
-                    self._read(*pending)
-                pending = (step, metrics)
+                    self._read(pending)
+                pending = _Pending(step, metrics, self.seen_tokens, waited)
                 self.progress.advance(step)
-                if stop.signal or self._due(step):
-                    self._read(*pending)
+                if step < config.train.steps and (stop.signal or self._due(step)):
+                    self._read(pending)
                     pending = None
                     self._between(step, state, stop)
         if pending:
-            self._read(*pending)
-        self._profile(None)
+            self._read(pending)
+        self._profile(None, state)
         return state
 
     def _due(self, step: int) -> bool:
-        config = self.config
-        every = (config.checkpoint.every, config.eval.every)
-        return step < config.train.steps and any(n and step % n == 0 for n in every)
+        every = (self.config.checkpoint.every, self.config.eval.every)
+        return any(n and step % n == 0 for n in every)
 
     def _between(self, step: int, state: State, stop: StopRequest) -> None:
         """What happens between two steps: evaluation, a save, or the end that a signal asked for."""
         config = self.config
         began = time.perf_counter()
         if stop.signal:
+            self._profile(None, state)
             self._save(step, state)
             self.store.wait()
             name = stop.signal.name
@@ -165,15 +175,21 @@ class Run:
             self._evaluate(step, state)
         self.meter.pause(time.perf_counter() - began)
 
-    def _read(self, step: int, metrics: Metrics) -> None:
+    def _read(self, pending: "_Pending") -> None:
         """Fetch a step's metrics, wait for it if need be, and log it where it is due."""
-        values = {name: np.asarray(value).item() for name, value in metrics.items()}
-        check_streak(values.pop("streak"), self.config.train.max_skipped, step)
+        step = pending.step
+        values = {name: np.asarray(value).item() for name, value in pending.metrics.items()}
+        self.meter.count(pending.waited)
+        try:
+            check_streak(values.pop("streak"), self.config.train.max_skipped, step)
+        except Diverged:
+            self.events.record("fault", step=step, kind="diverged")
+            raise
         self.store.poll()
         every = self.config.train.log_every
         if step % every == 0 or step in (1, self.config.train.steps):
             counted = values.pop("tokens")
-            logged = {**values, "tokens": self.seen_tokens, "loss_tokens": counted, **self.meter.read()}
+            logged = {**values, "tokens": pending.seen_tokens, "loss_tokens": counted, **self.meter.read()}
             self.tracker.log(step, logged)
             self.progress.report(step, logged)
 
@@ -209,16 +225,35 @@ class Run:
         self.events.record("end", step=step)
         self.progress.say(f"done: {step} steps in {self.folder}")
 
-    def _profile(self, step: int | None) -> None:
-        """Start or stop the profiler at the edges of the window that `profile.steps` names; None: the run is over."""
+    def _profile(self, step: int | None, state: State) -> None:
+        """Start or stop the profiler where `step`, which comes next, enters or leaves its window; None: no more steps.
+
+        A run that is continued within the window records the rest of it.
+        """
         if not self.config.profile.steps:
             return
         first, last = profile_window(self.config.profile.steps)
-        if step == first:
+        inside = step is not None and first <= step <= last
+        if inside == self.profiling:
+            return
+        jax.block_until_ready(state)  # so that the steps of the window are in it whole, and no others
+        self.profiling = inside
+        if inside:
             jax.profiler.start_trace(str(self.folder / "profile"))
-        elif step == last + 1 or (step is None and first <= self.config.train.steps <= last):
+        else:
             jax.profiler.stop_trace()
             self.progress.say(f"profile of steps {first} to {last} in {self.folder / 'profile'}")
+
+
+class _Pending(NamedTuple):
+    """A dispatched step whose metrics were not read yet."""
+
+    step: int
+    metrics: Metrics
+    seen_tokens: int
+    """Tokens consumed up to and with it."""
+    waited: float
+    """Seconds spent waiting for its data."""
 
 
 class Meter:
@@ -241,7 +276,7 @@ class Meter:
         self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def count(self, waited: float) -> None:
-        """A step was dispatched after `waited` seconds for its data."""
+        """A step is done that waited so many seconds for its data."""
         self._steps += 1
         self._waited += waited
 

@@ -19,6 +19,7 @@ from jaxlm.config.schema import RunConfig
 from jaxlm.metrics.jsonl import read
 from jaxlm.train import loop
 from jaxlm.train.assemble import Assembly
+from jaxlm.train.faults import alone
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +82,7 @@ def test_a_run_leaves_its_folder(whole: Path) -> None:
     promised = {"step", "loss", "grad_norm", "learning_rate", "tokens", "step_seconds", "data_wait_seconds"}
     promised |= {"tokens_per_second", "tflops_per_device", "mfu", "skipped_steps"}
     assert promised <= set(lines[-1])
-    assert lines[-1]["tokens"] == 8 * 8 * 32
+    assert [line["tokens"] for line in lines] == [step * 8 * 32 for step in range(1, 9)]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
     evaluations = read(whole / "eval.jsonl")
     assert [line["step"] for line in evaluations] == [4, 8]
@@ -156,6 +157,7 @@ def test_numbers_that_stay_bad_stop_the_run(corpus: Path, tmp_path: Path) -> Non
             corpus, tmp_path, train__max_skipped=3, optimizer__learning_rate=1e30, optimizer__schedule="constant",
             optimizer__clip_norm=0, optimizer__warmup_steps=0, eval__every=0,
         )  # fmt: skip
+    assert read(tmp_path / "events.jsonl")[-1]["kind"] == "diverged"
 
 
 def test_a_step_is_dispatched_before_the_last_one_is_read(corpus: Path, tmp_path: Path, monkeypatch) -> None:
@@ -172,9 +174,9 @@ def test_a_step_is_dispatched_before_the_last_one_is_read(corpus: Path, tmp_path
 
         return dispatch
 
-    def read_recorded(self, step: int, metrics) -> None:
-        log.append(("read", step))
-        read_(self, step, metrics)
+    def read_recorded(self, pending) -> None:
+        log.append(("read", pending.step))
+        read_(self, pending)
 
     monkeypatch.setattr(Assembly, "compile", recorded)
     monkeypatch.setattr(loop.Run, "_read", read_recorded)
@@ -210,6 +212,24 @@ def test_a_profile_of_the_asked_steps(corpus: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_run_continued_within_or_after_the_window_of_its_profile_ends_well(
+    corpus: Path, tmp_path: Path, capsys
+) -> None:
+    plain = {"eval__every": 0, "checkpoint__every": 0, "eval__sample_tokens": 0}
+    train(corpus, tmp_path, train__steps=3, **plain)
+    train(corpus, tmp_path, train__steps=5, profile__steps="2:5", **plain)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    train(corpus, tmp_path, train__steps=6, profile__steps="2:5", **plain)
+    assert "is over before step 6" in capsys.readouterr().out
+    assert Store(tmp_path / "checkpoints").steps()[-1] == 6
+
+
+def test_one_run_folder_takes_one_process(corpus: Path, tmp_path: Path) -> None:
+    with alone(tmp_path, print), pytest.raises(UserError, match="another process"):
+        train(corpus, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def command(corpus: Path, run: Path, **keys: object) -> list[str]:
     return [sys.executable, "-m", "jaxlm.train", *arguments(corpus, run, **keys)]
 
@@ -242,7 +262,7 @@ def test_mistakes_end_in_one_line(corpus: Path, tmp_path: Path) -> None:
         "does not support pp yet": {"mesh": "pp2"},
         "nearest is --model.embed": {"model.embd": 3},
         "too long": {"data.sequence-length": 1000000, "model.positions": "rotary"},
-        "no such": {"data.path": tmp_path / "missing"},
+        "does not exist": {"data.path": tmp_path / "missing"},
     }
     for text, keys in mistakes.items():
         found = subprocess.run(
@@ -261,5 +281,3 @@ def test_the_preview_of_a_large_recipe_needs_no_data(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "blocks.mlp.up.kernel" in text and "all-reduce" in text and "temporaries of the step" in text
     assert (tmp_path / "sharding.png").stat().st_size > 10_000
-
-
