@@ -105,7 +105,7 @@ class DataConfig:
     """concat cuts the stream of documents at sequence ends; fit never cuts a document that fits, and pads."""
     document_mask: bool = True
     """Tokens attend only within their own document."""
-    sequence_length: int = 256
+    sequence_length: int = 128
     """Tokens of a sequence."""
     batch_size: int = 16
     """Sequences of a global batch, over all devices and microbatches."""
@@ -121,11 +121,11 @@ class OptimizerConfig:
 
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     """Update rule."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
     """Shape after warmup; wsd holds the peak, then decays over the last decay_fraction of the run."""
-    warmup_steps: int = 20
+    warmup_steps: int = 30
     """Steps of linear warmup from 0."""
     decay_fraction: float = 0.2
     """Share of train.steps over which wsd decays."""
@@ -149,9 +149,9 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop and the loss."""
 
-    steps: int = 300
+    steps: int = 600
     """Optimizer steps of the whole run."""
-    log_every: int = 10
+    log_every: int = 20
     """Steps between logged lines."""
     seed: int = 0
     """Seed of initialisation and dropout."""
@@ -182,7 +182,7 @@ class PrecisionConfig:
 class CheckpointConfig:
     """What is saved and kept."""
 
-    every: int = 100
+    every: int = 200
     """Steps between saves; the last step is always saved; 0 saves only there."""
     keep: int = 2
     """Newest checkpoints kept; 0 keeps all."""
@@ -194,7 +194,7 @@ class CheckpointConfig:
 class EvalConfig:
     """Held-out evaluation and the sample at the end."""
 
-    every: int = 100
+    every: int = 200
     """Steps between evaluations; also at the end; 0 turns evaluation off."""
     batches: int = 8
     """Validation batches of one evaluation (fewer where the corpus has fewer)."""

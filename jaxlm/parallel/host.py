@@ -7,7 +7,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def keep_heap() -> None:
-    """Keep freed memory in the process, on Linux with glibc: for CPU devices, whose every step allocates the same again.
+    """Keep freed memory in the process, on Linux with glibc: CPU devices allocate the same again in every step.
 
     XLA:CPU allocates the temporaries of each step anew. By default glibc maps blocks of that size from the kernel
     and gives them back, and the kernel then clears tens of thousands of pages a step: a fifth of a small model's time.

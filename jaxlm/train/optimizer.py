@@ -79,7 +79,7 @@ def decayed(params: Any) -> Any:
 
 
 def _clip(largest: float) -> optax.GradientTransformation:
-    """As `optax.clip_by_global_norm`, but one factor for all: XLA joins a product, unlike a division, to what follows."""
+    """As `optax.clip_by_global_norm`, by one factor: XLA joins a product, unlike a division, to what follows."""
 
     def clip(updates: Any, _: Any) -> Any:
         factor = jnp.minimum(1.0, largest / optax.tree.norm(updates))

@@ -60,7 +60,7 @@ def test_what_works(argv):
         (["--data.sequence-length=2000"], ["1024 learned positions", "--model.max-positions=2000"]),
         (["--precision.compute=float16", "--precision.params=bfloat16"], ["--precision.params=float32"]),
         (["--profile.steps=10"], ["first:last"]),
-        (["--profile.steps=290:301"], ["--train.steps=300"]),
+        (["--profile.steps=590:601"], ["--train.steps=600"]),
         (["--mesh=pp2"], ["pp yet", "rep dp fsdp tp"]),
         (["--mesh=cp2"], ["cp yet"]),
         (["--mesh=ep2"], ["ep yet"]),

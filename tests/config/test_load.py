@@ -289,7 +289,7 @@ def test_help_says_everything(capsys):
         assert f"\n  --{key.replace('_', '-')}" in text
     for part in (
         "{adamw,adafactor,lion,muon,sgd}",
-        "(default: 0.003)",
+        "(default: 0.004)",
         "Tokens of a sequence.",
         "--dry-run",
         "--config",
