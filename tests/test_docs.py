@@ -46,11 +46,10 @@ ELSEWHERE = {
 """Commands that a page's blocks find in our place of the real ones."""
 
 TINY = """
-model: {{layers: 2, embed: 64, heads: 4, mlp: 128, max_positions: 256}}
-data: {{path: [{root}/jaxlm], cache: {cache}, vocabulary: 512, sequence_length: 64, validation: 0.1}}
+model: {{layers: 2, embed: 32, heads: 4, mlp: 64, max_positions: 256}}
+data: {{path: [{root}/jaxlm], cache: {cache}, vocabulary: 512, sequence_length: 32, validation: 0.1}}
 train: {{steps: 20, log_every: 5}}
-checkpoint: {{every: 10}}
-eval: {{every: 10, batches: 2, sample_tokens: 16}}
+eval: {{batches: 2, sample_tokens: 16}}
 """
 
 PYTHON = """#!/bin/sh
@@ -146,6 +145,11 @@ def run_page(page: str, folder: Path, workshop: Path, *, slow: bool) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash", "sh", "python")])
 def test_commands_run(page: str, tmp_path: Path, workshop: Path) -> None:
     run_page(page, tmp_path, workshop, slow=False)
+
+
+def test_the_readme_continues_further_than_the_default_run() -> None:
+    (steps,) = re.findall(r"^python -m jaxlm.train --mesh=\S+ --train.steps=(\d+)$", read("README.md"), re.MULTILINE)
+    assert int(steps) > RunConfig().train.steps
 
 
 @pytest.mark.slow
