@@ -34,12 +34,12 @@ def sharding_map(rows: list[Placed], title: str, path: Path) -> None:
         for left, width, top, height, held in _parts(row):
             whole = len(held) == devices
             colour = "0.88" if whole else _colour(min(held), devices)
-            corner = (0.62 + 0.38 * left, index + 0.08 + 0.84 * top)
-            axes.add_patch(Rectangle(corner, 0.38 * width, 0.84 * height, facecolor=colour, edgecolor="white", lw=0.8))
+            corner = (0.46 + 0.54 * left, index + 0.08 + 0.84 * top)
+            axes.add_patch(Rectangle(corner, 0.54 * width, 0.84 * height, facecolor=colour, edgecolor="white", lw=0.8))
             label = "all" if whole else ",".join(map(str, held))
-            if 0.38 * width * 130 > len(label):
+            if 0.54 * width * 130 > len(label):
                 axes.text(
-                    corner[0] + 0.19 * width, corner[1] + 0.42 * height, label, ha="center", va="center", fontsize=6
+                    corner[0] + 0.27 * width, corner[1] + 0.42 * height, label, ha="center", va="center", fontsize=6
                 )
     figure.savefig(path, dpi=150)
 
