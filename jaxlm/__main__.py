@@ -12,7 +12,8 @@ VERBS = {
     "train": "train a model, or continue a run",
     "data": "turn text into token shards",
     "generate": "continue a prompt with a trained model",
-    "checkpoint": "list, verify, compare, import and export checkpoints",
+    "checkpoint": "list, show and verify checkpoints",
+    "metrics": "summarise and draw what a run logged",
 }
 
 

@@ -21,6 +21,7 @@ from jaxlm.data.corpus import Corpora, open_corpora
 from jaxlm.data.loader import Loader, batches
 from jaxlm.metrics import flops
 from jaxlm.metrics.events import Events
+from jaxlm.metrics.jsonl import read
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.trackers import Tracker
 from jaxlm.parallel import mesh as meshes
@@ -115,6 +116,8 @@ class Run:
             progress.say(f"continuing from step {start.step}, {self.position:,} samples in, on mesh {self.mesh}")
         if start.step >= config.train.steps:
             progress.say(f"all {config.train.steps} steps are done; raise --train.steps to go on")
+            if not self._ended(start.step):  # stopped after the last save, before the rest of the end
+                self._close(state, start.step)
             return
         if config.profile.steps and profile_window(config.profile.steps)[1] <= start.step:
             progress.say(f"--profile.steps={config.profile.steps} is over before step {start.step + 1}: no profile")
@@ -215,10 +218,18 @@ class Run:
         )
 
     def _finish(self, state: State) -> None:
-        config, step = self.config, self.config.train.steps
-        self._save(step, state)
-        self._evaluate(step, state)
-        if config.eval.sample_tokens:
+        self._save(self.config.train.steps, state)
+        self._close(state, self.config.train.steps)
+
+    def _ended(self, step: int) -> bool:
+        """Whether an earlier process wrote the end of this run at `step` or later."""
+        return any(e["event"] == "end" and e["step"] >= step for e in read(self.folder / "events.jsonl"))
+
+    def _close(self, state: State, step: int) -> None:
+        """What a run leaves beside its last checkpoint."""
+        if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
+            self._evaluate(step, state)
+        if self.config.eval.sample_tokens:
             text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
             self.progress.say(f"sample after step {step}:\n{text}\n")
         self.store.wait()

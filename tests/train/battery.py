@@ -181,5 +181,3 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
 def leaf_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of arrays."""
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-
-

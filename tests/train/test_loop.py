@@ -224,6 +224,17 @@ def test_a_run_continued_within_or_after_the_window_of_its_profile_ends_well(
     assert Store(tmp_path / "checkpoints").steps()[-1] == 6
 
 
+def test_evaluation_counts_each_held_out_token_once(corpus: Path, tmp_path: Path) -> None:
+    """Whatever the batch size, and though the last batch reaches into the next epoch."""
+    few = {"train__steps": 1, "data__validation": 0.05, "eval__batches": 1000, "eval__sample_tokens": 0}
+    found = []
+    for size in (8, 56):
+        train(corpus, tmp_path / str(size), **few, data__batch_size=size, optimizer__learning_rate=0)
+        found += read(tmp_path / str(size) / "eval.jsonl")
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+
+
 def test_one_run_folder_takes_one_process(corpus: Path, tmp_path: Path) -> None:
     with alone(tmp_path, print), pytest.raises(UserError, match="another process"):
         train(corpus, tmp_path)
@@ -281,3 +292,14 @@ def test_the_preview_of_a_large_recipe_needs_no_data(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "blocks.mlp.up.kernel" in text and "all-reduce" in text and "temporaries of the step" in text
     assert (tmp_path / "sharding.png").stat().st_size > 10_000
+
+
+def test_an_end_that_was_cut_short_is_written_the_next_time(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path, train__steps=4)
+    (tmp_path / "samples.txt").unlink()
+    events = [line for line in (tmp_path / "events.jsonl").read_text().splitlines() if '"end"' not in line]
+    (tmp_path / "events.jsonl").write_text("\n".join(events) + "\n")
+    for _ in range(2):
+        train(corpus, tmp_path, train__steps=4)
+    assert (tmp_path / "samples.txt").read_text().count("step 4") == 1
+    assert [line["step"] for line in read(tmp_path / "eval.jsonl")].count(4) == 1
