@@ -106,11 +106,14 @@ def _lock(staging: Path, output: Path) -> io.TextIOBase | None:
     while not output.exists():
         try:
             staging.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileExistsError):
+            raise UserError(f"{output} cannot be made: {output.parent} is not a folder; name another") from None
+        except FileNotFoundError as error:  # where nobody can make one, such as /proc
+            raise UserError(f"{output} cannot be made: {error.strerror}: {error.filename}; name another") from None
+        try:
             file = (staging / "lock").open("a")
         except FileNotFoundError:
             continue  # renamed under our hands
-        except (NotADirectoryError, FileExistsError):
-            raise UserError(f"{output} cannot be made: {output.parent} is not a folder; name another") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
