@@ -14,7 +14,7 @@ from jaxlm.train.step import eval_step
 
 
 class Evaluator:
-    """Measures a model on the first samples of the validation split: the same ones each time."""
+    """Measures a model on the first samples of the validation split: the same ones each time, each at most once."""
 
     def __init__(self, assembly: Assembly, loader: Loader, byte_lengths: np.ndarray):
         self._step = eval_step(assembly.model, assembly.config, assembly.runtime)
@@ -25,11 +25,14 @@ class Evaluator:
         """loss (nats a token), perplexity, bits_per_byte, tokens. Waits for the device once, at the end."""
         config = self._assembly.config
         size = config.data.batch_size
-        count = min(config.eval.batches, -(-self._loader.samples_per_epoch // size))
+        samples = self._loader.samples_per_epoch
+        count = min(config.eval.batches, -(-samples // size))
         sharding = self._assembly.batch
         sums: list[tuple[jax.Array, ...]] = []
         with batches(self._loader, 0, size, lambda name: sharding[name].sharding, 2, stop=count * size) as stream:
-            for _, batch, _ in stream:
+            for after, batch, _ in stream:
+                if after > samples:  # the rest of the batch is the next epoch's: samples that were measured already
+                    batch = batch | {"loss_mask": _first_rows(batch["loss_mask"], samples - (after - size))}
                 sums.append(self._step(params, batch, self._byte_lengths))
         nats, tokens, text_bytes = np.sum([[float(x) for x in each] for each in sums], axis=0)
         if tokens == 0:
@@ -40,3 +43,10 @@ class Evaluator:
             "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
             "tokens": int(tokens),
         }
+
+
+@jax.jit
+def _first_rows(mask_BT: jax.Array, count: jax.Array | int) -> jax.Array:
+    """`mask_BT` for the first `count` rows, and 0 for the others."""
+    rows_B1 = jnp.arange(mask_BT.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.where(rows_B1 < count, mask_BT, 0.0)

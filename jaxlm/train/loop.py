@@ -103,7 +103,9 @@ class Run:
         self.position = self.seen_tokens = 0
         self.profiling = False
         self.evaluate: Evaluator | None = None
-        if self.config.eval.every and corpora.documents("validation"):
+        if self.config.eval.every and not corpora.documents("validation"):
+            progress.say("no evaluation: a corpus of one document (or copies of it) leaves nothing to hold out")
+        elif self.config.eval.every:
             held_out = Loader(corpora, self.config.data, "validation")
             self.evaluate = Evaluator(assembly, held_out, _by_id(corpora, assembly))
 

@@ -235,6 +235,11 @@ def test_evaluation_counts_each_held_out_token_once(corpus: Path, tmp_path: Path
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
 
 
+def test_a_corpus_that_cannot_be_split_is_not_evaluated_and_says_so(corpus: Path, tmp_path: Path, capsys) -> None:
+    train(corpus, tmp_path, data__path=corpus / "0.txt", train__steps=1, data__batch_size=8)
+    assert "no evaluation: a corpus of one document" in capsys.readouterr().out
+
+
 def test_one_run_folder_takes_one_process(corpus: Path, tmp_path: Path) -> None:
     with alone(tmp_path, print), pytest.raises(UserError, match="another process"):
         train(corpus, tmp_path)
