@@ -134,11 +134,11 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled decay of matrices (never of norms, biases or position tables)."""
     beta1: float = 0.9
-    """First-moment decay; momentum for sgd and muon."""
+    """First-moment decay; momentum for sgd and muon (not adafactor)."""
     beta2: float = 0.95
-    """Second-moment decay (adamw, lion)."""
+    """Second-moment decay (adamw, muon's adamw); for lion, that of its momentum."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment (adamw, muon's adamw)."""
+    """Added to the root of the second moment (adamw, muon's adamw), and to the norm that muon divides by."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     shard: Literal["none", "data"] = "none"

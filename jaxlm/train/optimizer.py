@@ -100,6 +100,7 @@ def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
     return contrib.muon(
         learning_rate=-1.0,  # the chain scales by the (negated) learning rate
         beta=config.beta1,
+        eps=config.epsilon,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
         muon_weight_dimension_numbers=_matrix_dims,
