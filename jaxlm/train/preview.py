@@ -44,7 +44,10 @@ def preview(config: RunConfig, *, full: bool) -> None:
         return
     explain(assembly.model, assembly.plan, compiled, console)
     path = Path(config.run).expanduser() / "sharding.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run folder {config.run} cannot be made: {error.strerror}; use another --run") from None
     try:
         sharding_map(placed(assembly.model, assembly.plan), f"parameters on mesh {spec}", path)
     except UserError as error:
