@@ -3,8 +3,8 @@
     python benchmarks/step_time.py --out=benchmarks/results/step_time.json
 
 Before anything is timed, both must compute the same loss and gradients from the same parameters and batch. Then they
-take turns in one process per mesh, a few steps each, and the median of the ratios of neighbouring turns counts. CPU time
-(of all threads) is the figure to quote where others use the machine too; the clock is given beside it.
+take turns in one process per mesh, a few steps each, and the median of the ratios of neighbouring turns counts. CPU
+time (of all threads) is the figure to quote where others use the machine too; the clock is given beside it.
 """
 
 import contextlib
@@ -14,16 +14,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import handwritten
 import jax
 import numpy as np
 import report
+from beside import Turn, random_batch, sizes, torch_turn
 
 from jaxlm.config.cli import run
 from jaxlm.config.errors import UserError
@@ -36,9 +35,6 @@ from jaxlm.train.assemble import Assembly, assemble
 
 TOLERANCE = 1e-5
 """Largest relative difference of loss and of each gradient leaf."""
-
-Turn = Callable[[], tuple[float, float]]
-"""Run some steps; CPU and clock milliseconds a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,42 +50,15 @@ class Options:
     steps: int = 2
     """Steps of a turn."""
     torch: str = sys.executable
-    """The Python that runs the PyTorch step; it is left out where that has no torch."""
+    """The Python that runs the PyTorch step; left out where that has no torch."""
     child: bool = False
     """Measure the one mesh in this process (what the others are started with)."""
 
 
-def random_batch(config: RunConfig, vocabulary: int) -> dict[str, np.ndarray]:
-    """Rows of random tokens, three documents in each, no loss across their borders."""
-    random = np.random.default_rng(0)
-    rows, length = config.data.batch_size, config.data.sequence_length
-    tokens = random.integers(0, vocabulary, (rows, length + 1), dtype=np.int32)
-    cuts = np.sort(random.integers(1, length, (rows, 2)), axis=1)
-    at = np.arange(length)[None]
-    first, second = at >= cuts[:, :1], at >= cuts[:, 1:]
-    border = (at + 1 == cuts[:, :1]) | (at + 1 == cuts[:, 1:])
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": (1 + first + second).astype(np.int32),
-        "positions": (at - np.where(second, cuts[:, 1:], np.where(first, cuts[:, :1], 0))).astype(np.int32),
-        "loss_mask": (~border).astype(np.float32),
-    }
-
-
-def shape_of(config: RunConfig, vocabulary: int, unroll: int) -> handwritten.Shape:
-    model, data = config.model, config.data
-    return handwritten.Shape(
-        layers=model.layers,
-        embed=model.embed,
-        heads=model.heads,
-        mlp=model.mlp,
-        vocabulary=vocabulary,
-        positions=model.max_positions,
-        length=data.sequence_length,
-        batch=data.batch_size,
-        unroll=unroll,
-    )
+def shape_of(config: RunConfig, vocabulary: int) -> handwritten.Shape:
+    """The hand-written model of the same sizes."""
+    names = [field.name for field in fields(handwritten.Shape)]
+    return handwritten.Shape(**{name: x for name, x in sizes(config, vocabulary).items() if name in names})
 
 
 def by_hand(params: dict[str, Any]) -> dict[str, Any]:
@@ -155,31 +124,6 @@ def turn_of(compiled: jax.stages.Compiled, state: Any, batch: Any, count: int) -
     return turn
 
 
-def torch_turn(options: Options, config: RunConfig, vocabulary: int, process: contextlib.ExitStack) -> Turn | None:
-    """Steps of `torch_step.py` in a process of its own; None where torch is not installed."""
-    here = Path(__file__).parent
-    if subprocess.run([options.torch, "-c", "import torch"], capture_output=True).returncode:
-        print("PyTorch left out: not installed (--torch names another Python)", file=sys.stderr, flush=True)
-        return None
-    sizes = json.dumps(shape_of(config, vocabulary, 1).__dict__)
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # else waiting threads spin, and count as CPU time
-    child = subprocess.Popen(
-        [options.torch, str(here / "torch_step.py"), sizes, str(options.steps)], env=environment,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    process.enter_context(child)
-    process.callback(child.terminate)
-    ready = json.loads(child.stdout.readline())
-    print(f"PyTorch {ready['version']} on {ready['threads']} threads", file=sys.stderr, flush=True)
-
-    def turn() -> tuple[float, float]:
-        child.stdin.write("go\n")
-        child.stdin.flush()
-        return tuple(json.loads(child.stdout.readline()))
-
-    return turn
-
-
 def measure(options: Options) -> dict[str, Any]:
     """All contenders on one mesh."""
     spec = parse(options.meshes[0].replace("+", ","))
@@ -191,15 +135,15 @@ def measure(options: Options) -> dict[str, Any]:
     assembly = assemble(config, built, vocabulary)
     state = assembly.init()
     mesh = handwritten.make_mesh(spec.sizes["dp"], spec.sizes["tp"])
-    looped = shape_of(config, vocabulary, 1)
-    worst = check(assembly, state["params"], batch, looped, mesh)
+    written_out = shape_of(config, vocabulary)
+    worst = check(assembly, state["params"], batch, written_out, mesh)
     own = handwritten.place_batch(batch, mesh)
     params = by_hand(state["params"])
     turns: dict[str, Turn] = {}
     memory: dict[str, float] = {}
     for name, shape in {
-        "hand-written": replace(looped, unroll=config.model.layers),
-        "hand-written, loop over layers": looped,
+        "hand-written": written_out,
+        "hand-written, loop over layers": replace(written_out, unroll=1),
     }.items():
         fresh = handwritten.start(params, mesh)
         compiled = handwritten.compile_step(fresh, own, shape, mesh)
@@ -209,16 +153,19 @@ def measure(options: Options) -> dict[str, Any]:
     memory["jaxlm"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
     placed = {name: jax.device_put(x, assembly.batch[name].sharding) for name, x in batch.items()}
     turns["jaxlm"] = turn_of(compiled, state, placed, options.steps)
-    with contextlib.ExitStack() as process:
-        if spec.device_count == 1 and (turn := torch_turn(options, config, vocabulary, process)):
-            turns["torch.compile"] = turn
+    with contextlib.ExitStack() as processes:
+        if spec.device_count == 1:
+            turn = torch_turn(options.torch, sizes(config, vocabulary), options.steps, processes)
+            turns |= {"torch.compile": turn} if turn else {}
         found = {name: [] for name in turns}
         for _ in range(options.turns):
             for name, turn in turns.items():
                 found[name].append(turn())
-    return {"largest_difference": worst} | {
-        name: {"temporary_megabytes": round(memory[name], 1)} if name in memory else {} for name in turns
-    } | {"steps": {name: summary(pairs, found["hand-written"]) for name, pairs in found.items()}}
+    return {
+        "largest_difference": worst,
+        "steps": {name: summary(pairs, found["hand-written"]) for name, pairs in found.items()},
+        "temporary_megabytes": memory,
+    }
 
 
 def summary(pairs: list[tuple[float, float]], base: list[tuple[float, float]]) -> dict[str, float]:
