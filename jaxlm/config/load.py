@@ -6,7 +6,7 @@ number, 10:13 is not a time of day, and `run: 2026` is a folder. No YAML tag bui
 
 import shlex
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,7 +30,8 @@ FLAGS = {
 
 MAY_CHANGE = (
     *("mesh", "simulate", "distributed", "run", "resume", "attention", "remat"),
-    *("data.batch_size", "data.cache", "data.prefetch", "optimizer.shard"),
+    *("data.batch_size", "data.cache", "data.prefetch"),
+    *("optimizer.shard", "optimizer.learning_rate", "optimizer.clip_norm"),
     *("train.steps", "train.log_every", "train.microbatches", "train.loss_chunk", "train.max_skipped"),
     *("checkpoint.", "eval.", "metrics.", "profile."),
 )
@@ -99,8 +100,11 @@ def kinds(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def check_run_folder(config: RunConfig) -> Path:
-    """Make the run folder if it is missing; raise if it cannot be written or holds a run that differs."""
+def check_run_folder(config: RunConfig, announce: Callable[[str], None] = lambda line: None) -> Path:
+    """Make the run folder if it is missing; raise if it cannot be written or holds a run that differs.
+
+    `announce` is told of each key that has changed and may.
+    """
     folder = Path(config.run).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +125,7 @@ def check_run_folder(config: RunConfig) -> Path:
                 f"{folder} holds a run with {key}={shown(old)}, this one has {shown(new)}; "
                 f"use another --run, or {option(key)}={shlex.quote(text(old)[:200])} to continue it"
             )
+        announce(f"changed since this run's last start: {key} {shown(old)} -> {shown(new)}")
     return folder
 
 

@@ -11,6 +11,9 @@ from jaxlm.config.errors import UserError
 from jaxlm.config.mesh_spec import AXES, BUILT, MeshSpec
 from jaxlm.parallel.host import keep_heap
 
+MOST_SIMULATED = 1024
+"""Each simulated device is a thread or two."""
+
 
 def build(
     spec: MeshSpec,
@@ -71,6 +74,8 @@ def refuse_unbuilt(spec: MeshSpec) -> None:
 def _simulate(count: int) -> None:
     """Ask the CPU backend, if that is what this host turns out to have, for `count` devices."""
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if count > MOST_SIMULATED:
+        raise UserError(f"mesh of {count} devices: this host simulates at most {MOST_SIMULATED}; use a smaller --mesh")
     if count > 1 and not forced:
         # Once devices are in use their number stands, and `resolve` compares it.
         with contextlib.suppress(RuntimeError):

@@ -16,10 +16,13 @@ from jaxlm.train.step import eval_step
 class Evaluator:
     """Measures a model on the first samples of the validation split: the same ones each time, each at most once."""
 
-    def __init__(self, assembly: Assembly, loader: Loader, byte_lengths: np.ndarray):
+    def __init__(self, assembly: Assembly, loader: Loader):
         self._step = eval_step(assembly.model, assembly.config, assembly.runtime)
         self._assembly, self._loader = assembly, loader
-        self._byte_lengths = jnp.asarray(byte_lengths, jnp.int32)
+        lengths = np.zeros(assembly.model.padded_vocabulary, np.int32)  # ids beyond the tokenizer's stand for no text
+        known = loader.corpora.tokenizer.byte_lengths()
+        lengths[: len(known)] = known
+        self._byte_lengths = jnp.asarray(lengths)
 
     def __call__(self, params: Any) -> dict[str, float | int]:
         """loss (nats a token), perplexity, bits_per_byte, tokens. Waits for the device once, at the end."""

@@ -1,7 +1,8 @@
 """The training loop: config -> mesh -> data -> model -> state -> step -> checkpoints and metrics."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.checkpoint.manifest import write_atomically
-from jaxlm.checkpoint.store import Store
+from jaxlm.checkpoint.store import SaveFailed, Store
 from jaxlm.config.checks import check, profile_window
 from jaxlm.config.errors import Diverged, Preempted
 from jaxlm.config.load import check_run_folder, dump
@@ -19,7 +20,6 @@ from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
 from jaxlm.data.corpus import Corpora, open_corpora
 from jaxlm.data.loader import Loader, batches
-from jaxlm.metrics import flops
 from jaxlm.metrics.events import Events
 from jaxlm.metrics.jsonl import read
 from jaxlm.metrics.progress import Progress
@@ -29,6 +29,7 @@ from jaxlm.train import resume
 from jaxlm.train.assemble import Assembly, assemble
 from jaxlm.train.evaluate import Evaluator
 from jaxlm.train.faults import StopRequest, alone, check_streak
+from jaxlm.train.meter import Meter
 from jaxlm.train.sample import write_sample
 from jaxlm.train.state import State
 from jaxlm.train.step import Batch, Metrics
@@ -48,7 +49,7 @@ def run(config: RunConfig) -> None:
         parse(config.mesh), simulate=config.simulate, distributed=config.distributed, announce=leader.say
     )
     check(config, spec)
-    folder = check_run_folder(config)
+    folder = check_run_folder(config, leader.say)
     with alone(folder, leader.say):
         _run(config, mesh, str(spec), folder)
 
@@ -102,12 +103,13 @@ class Run:
         self.meter = Meter(assembly)
         self.position = self.seen_tokens = 0
         self.profiling = False
+        self.failed_saves = 0
         self.evaluate: Evaluator | None = None
         if self.config.eval.every and not corpora.documents("validation"):
             progress.say("no evaluation: a corpus of one document (or copies of it) leaves nothing to hold out")
         elif self.config.eval.every:
             held_out = Loader(corpora, self.config.data, "validation")
-            self.evaluate = Evaluator(assembly, held_out, _by_id(corpora, assembly))
+            self.evaluate = Evaluator(assembly, held_out)
 
     def train(self, start: resume.Start) -> None:
         """From `start` to the last step, then the final save, evaluation and sample."""
@@ -117,7 +119,7 @@ class Run:
         if start.step:
             progress.say(f"continuing from step {start.step}, {self.position:,} samples in, on mesh {self.mesh}")
         if start.step >= config.train.steps:
-            progress.say(f"all {config.train.steps} steps are done; raise --train.steps to go on")
+            progress.say(f"{start.step} steps are done, --train.steps={config.train.steps}; raise it to go on")
             if not self._ended(start.step):  # stopped after the last save, before the rest of the end
                 self._close(state, start.step)
             return
@@ -175,7 +177,8 @@ class Run:
             self.events.record("fault", step=step, kind=name)
             raise Preempted(f"{name}: saved step {step} to {self.folder}; the same command continues from there")
         if config.checkpoint.every and step % config.checkpoint.every == 0:
-            self._save(step, state)
+            with self._one_failed_save(step):
+                self._save(step, state)
         if self.evaluate and step % config.eval.every == 0:
             self._evaluate(step, state)
         self.meter.pause(time.perf_counter() - began)
@@ -190,13 +193,28 @@ class Run:
         except Diverged:
             self.events.record("fault", step=step, kind="diverged")
             raise
-        self.store.poll()
+        with self._one_failed_save(step):
+            if self.store.poll() is not None:
+                self.failed_saves = 0
         every = self.config.train.log_every
         if step % every == 0 or step in (1, self.config.train.steps):
             counted = values.pop("tokens")
             logged = {**values, "tokens": pending.seen_tokens, "loss_tokens": counted, **self.meter.read()}
             self.tracker.log(step, logged)
             self.progress.report(step, logged)
+
+    @contextmanager
+    def _one_failed_save(self, step: int) -> Iterator[None]:
+        """One save that fails is said and survived: the next may find room again. Two in a row end the run, before the
+        work that a third would lose."""
+        try:
+            yield
+        except SaveFailed as error:
+            self.failed_saves += 1
+            self.events.record("fault", step=step, kind="save failed", message=str(error))
+            if self.failed_saves > 1:
+                raise
+            self.progress.say(f"warning: {error}; training goes on to the next save")
 
     def _save(self, step: int, state: State) -> None:
         meta = {
@@ -267,54 +285,3 @@ class _Pending(NamedTuple):
     """Tokens consumed up to and with it."""
     waited: float
     """Seconds spent waiting for its data."""
-
-
-class Meter:
-    """Speed over the steps since the last reading, pauses for saves and evaluations left out."""
-
-    def __init__(self, assembly: Assembly):
-        config, model = assembly.config, assembly.model
-        device = assembly.runtime.layout.mesh.devices.flat[0]
-        dtype = str(assembly.runtime.dtype)
-        length = config.data.sequence_length
-        arguments = (config.model, model.vocabulary, length)
-        self.formula = flops.explain(*arguments, device.device_kind, dtype)
-        self._flops = flops.flops_per_token(*arguments)
-        self._peak = flops.peak_flops(device.device_kind, dtype)
-        self._devices = assembly.runtime.layout.mesh.size
-        self._tokens = config.data.batch_size * length
-        self.restart()
-
-    def restart(self) -> None:
-        self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
-
-    def count(self, waited: float) -> None:
-        """A step is done that waited so many seconds for its data."""
-        self._steps += 1
-        self._waited += waited
-
-    def pause(self, seconds: float) -> None:
-        self._began += seconds
-
-    def read(self) -> dict[str, float | None]:
-        """Means over the steps since the last reading."""
-        steps = max(self._steps, 1)
-        seconds = max(time.perf_counter() - self._began, 1e-9) / steps
-        speed = self._tokens / seconds
-        values = {
-            "step_seconds": seconds,
-            "data_wait_seconds": self._waited / steps,
-            "tokens_per_second": speed,
-            "tflops_per_device": self._flops * speed / self._devices / 1e12,
-            "mfu": flops.mfu(self._flops, speed, self._devices, self._peak),
-        }
-        self.restart()
-        return values
-
-
-def _by_id(corpora: Corpora, assembly: Assembly) -> np.ndarray:
-    """Bytes of text of every id of the model; ids beyond the tokenizer's stand for none."""
-    lengths = np.zeros(assembly.model.padded_vocabulary, np.int32)
-    known = corpora.tokenizer.byte_lengths()
-    lengths[: len(known)] = known
-    return lengths

@@ -17,7 +17,7 @@ MATRICES = ("kernel", "embedding")
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step (0-based): linear warmup to the peak, then the chosen shape over the rest of `steps`."""
-    peak, warmup = config.learning_rate, min(config.warmup_steps, steps)
+    peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(steps - warmup, 1)
     cooldown = max(round(config.decay_fraction * steps), 1)
     final = config.final_fraction

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
+import numpy as np
+
 from jaxlm.checkpoint.store import Store
 from jaxlm.config.errors import NoValidCheckpoint, UserError
 from jaxlm.train.assemble import Assembly
@@ -53,8 +56,11 @@ def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
     if step is None:
         return Start(state=assembly.init(), step=0, position=0, seen_tokens=0)
     meta = store.meta(step)
+    state = store.restore(step, assembly.plan.abstract)
+    # A run that starts again has its whole patience with steps that are not finite.
+    state["streak"] = jax.device_put(np.zeros_like(state["streak"]), state["streak"].sharding)
     return Start(
-        state=store.restore(step, assembly.plan.abstract),
+        state=state,
         step=step,
         position=meta["position"],
         seen_tokens=meta["seen_tokens"],

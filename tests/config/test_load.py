@@ -243,7 +243,7 @@ def test_a_run_continues_under_what_may_change(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "change", ["--optimizer.learning-rate=1", "--model.gated", "--data.path=x", "--train.seed=1", "--data.seed=1"]
+    "change", ["--optimizer.weight-decay=1", "--model.gated", "--data.path=x", "--train.seed=1", "--data.seed=1"]
 )
 def test_a_different_run_is_refused(tmp_path, change):
     with pytest.raises(UserError) as caught:
@@ -254,10 +254,10 @@ def test_a_different_run_is_refused(tmp_path, change):
 
 
 def test_the_cure_it_names_cures(tmp_path):
-    held = hold(tmp_path / "r", run_config("--data.path=a,b c", "--optimizer.learning-rate=0.1"))
+    held = hold(tmp_path / "r", run_config("--data.path=a,b c", "--optimizer.weight-decay=0.5"))
     with pytest.raises(UserError, match="data.path"):
-        check_run_folder(run_config(held, "--optimizer.learning-rate=0.1"))
-    with pytest.raises(UserError, match=r"--optimizer.learning-rate=0\.1 "):
+        check_run_folder(run_config(held, "--optimizer.weight-decay=0.5"))
+    with pytest.raises(UserError, match=r"--optimizer.weight-decay=0\.5 "):
         check_run_folder(run_config(held, "--data.path=a,b c"))
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.checkpoint.store import Store
+from jaxlm.checkpoint.store import SaveFailed, Store
 from jaxlm.config.errors import Diverged, NoValidCheckpoint, UserError
 from jaxlm.config.load import load
 from jaxlm.config.schema import RunConfig
@@ -117,7 +117,7 @@ def test_a_finished_run_stays_finished_and_goes_on_with_more_steps(
 ) -> None:
     train(corpus, tmp_path, train__steps=4)
     train(corpus, tmp_path, train__steps=4)
-    assert "all 4 steps are done" in capsys.readouterr().out
+    assert "4 steps are done" in capsys.readouterr().out
     train(corpus, tmp_path, train__steps=6)
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
 
@@ -308,3 +308,37 @@ def test_an_end_that_was_cut_short_is_written_the_next_time(corpus: Path, tmp_pa
         train(corpus, tmp_path, train__steps=4)
     assert (tmp_path / "samples.txt").read_text().count("step 4") == 1
     assert [line["step"] for line in read(tmp_path / "eval.jsonl")].count(4) == 1
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_one_failed_save_is_survived_and_two_in_a_row_end_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str], failures: int
+) -> None:
+    real, calls = Store.save, []
+
+    def save(self, step: int, state, meta) -> None:
+        calls.append(step)
+        if len(calls) <= failures:
+            raise SaveFailed(f"saving checkpoint {step} failed: no space")
+        real(self, step, state, meta)
+
+    monkeypatch.setattr(Store, "save", save)
+    keys = {"checkpoint__every": 2, "eval__every": 0, "eval__sample_tokens": 0}
+    if failures == 1:
+        train(corpus, tmp_path, **keys)
+        assert "warning: saving checkpoint 2 failed" in capsys.readouterr().out
+        assert Store(tmp_path / "checkpoints").steps() == [6, 8]
+    else:
+        with pytest.raises(SaveFailed):
+            train(corpus, tmp_path, **keys)
+        assert calls == [2, 4]
+    assert [e["kind"] for e in read(tmp_path / "events.jsonl") if e["event"] == "fault"] == ["save failed"] * failures
+
+
+def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(corpus, tmp_path, train__steps=4)
+    train(corpus, tmp_path, train__steps=6, optimizer__learning_rate=1e-3)
+    assert "changed since this run's last start: optimizer.learning_rate 0.004 -> 0.001" in capsys.readouterr().out
+    assert read(tmp_path / "metrics.jsonl")[-1]["learning_rate"] < 1e-3
