@@ -88,9 +88,12 @@ def init(model: Model, optimizer: optax.GradientTransformation, plan: StatePlan,
     """A fresh state, born sharded: no device ever holds more than its part. The same values on every mesh."""
     dtype = jax.tree.leaves(plan.abstract["params"])[0].dtype
     scaled = "loss_scale" in plan.abstract
+    # It runs once: on CPU, LLVM would spend more on the code of the random draws than the draws take. Same bits.
+    platform = jax.tree.leaves(plan.shardings)[0].mesh.devices.flat[0].platform
     make = jax.jit(
         lambda key: _fresh(model, optimizer, key, dtype, scaled),
         out_shardings=plan.shardings,
+        compiler_options={"xla_backend_optimization_level": 1} if platform == "cpu" else None,
     )
     return make(jax.random.key(seed))
 
