@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.load import items
-from jaxlm.config.mesh_spec import BUILT, MeshSpec
+from jaxlm.config.mesh_spec import MeshSpec
 from jaxlm.config.schema import ModelConfig, RunConfig
 from jaxlm.config.values import option, shown
 
 LARGEST = 2**31 - 1
+
+BATCH = ("rep", "dp", "fsdp", "ep")
+"""Axes that each take their own rows of a batch."""
 
 RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "1 or more": (
@@ -18,6 +21,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             *("model.layers", "model.embed", "model.heads", "model.kv_heads", "model.head_size", "model.mlp"),
             *("model.vocabulary", "model.max_positions", "model.rope_factor", "model.rope_original_length"),
             *("data.sequence_length", "data.batch_size", "data.prefetch"),
+            *("model.experts_per_token", "pipeline.microbatches", "pipeline.chunks"),
             *("train.steps", "train.log_every", "train.microbatches", "train.max_skipped", "eval.batches"),
         ),
     ),
@@ -25,6 +29,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "0 or more": (
         lambda x: x >= 0,
         (
+            *("model.experts", "model.shared_experts", "model.capacity_factor", "model.balance_loss"),
+            *("model.balance_rate", "model.router_z_loss"),
             *("model.windows", "data.seed", "train.seed", "optimizer.learning_rate", "optimizer.warmup_steps"),
             *("optimizer.weight_decay", "optimizer.clip_norm", "train.z_loss", "train.loss_chunk"),
             *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "eval.every", "eval.sample_tokens"),
@@ -33,9 +39,9 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "more than 0": (
         lambda x: x > 0,
         (
-            *("model.norm_epsilon", "model.rope_theta", "model.rope_local_theta", "model.rope_low_frequency"),
-            *("model.rope_high_frequency", "model.attention_softcap", "model.logit_softcap", "model.query_scale"),
-            *("data.weights", "optimizer.epsilon"),
+            *("model.norm_epsilon", "model.rope_theta", "model.rope_local_theta", "model.rope_frequencies"),
+            *("model.attention_softcap", "model.logit_softcap", "model.query_scale"),
+            *("data.weights", "optimizer.epsilon", "model.router_scale"),
         ),
     ),
     "0 or more and below 1": (
@@ -67,8 +73,8 @@ def profile_window(steps: str) -> tuple[int, int]:
 
 
 def data_ways(spec: MeshSpec) -> int:
-    """Parts the rows of a batch are split into, over the replica, data and fsdp axes."""
-    return spec.sizes["rep"] * spec.sizes["dp"] * spec.sizes["fsdp"]
+    """Parts the rows of a batch are split into, over the replica, data, fsdp and expert axes."""
+    return math.prod(spec.sizes[axis] for axis in BATCH)
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -112,10 +118,10 @@ def _model(m: ModelConfig) -> Iterator[str]:
             f"--model.rope-factor={m.rope_factor:g} has no effect with --model.rope-scaling=none; "
             "choose linear, llama3 or yarn"
         )
-    if m.rope_low_frequency >= m.rope_high_frequency:
+    if len(m.rope_frequencies) != 2 or m.rope_frequencies[0] >= m.rope_frequencies[1]:
         yield (
-            f"--model.rope-low-frequency={m.rope_low_frequency:g} must be below "
-            f"--model.rope-high-frequency={m.rope_high_frequency:g}"
+            f"--model.rope-frequencies={','.join(f'{f:g}' for f in m.rope_frequencies)}: give two, the first below the "
+            "second, like 1,4"
         )
     if len(m.windows) > m.layers:
         yield f"--model.windows has {len(m.windows)} lengths for --model.layers={m.layers}; give {m.layers} or fewer"
@@ -157,9 +163,6 @@ def _training(config: RunConfig) -> Iterator[str]:
 
 def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
     # optimizer.shard=data on a mesh without a data axis is no mistake: a run may continue on fewer devices.
-    for axis, size in spec.sizes.items():
-        if axis not in BUILT and size > 1:
-            yield f"mesh {spec}: training does not support {axis} yet; use {' '.join(BUILT)} (--mesh)"
     m, tp = config.model, spec.sizes["tp"]
     kv_heads = m.kv_heads or m.heads
     for key, size in (("model.heads", m.heads), ("model.mlp", m.mlp)):
@@ -175,7 +178,7 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
         )
     ways, parts = data_ways(spec), config.train.microbatches
     if config.data.batch_size % (ways * parts):
-        names = " x ".join(f"{axis} {spec.sizes[axis]}" for axis in ("rep", "dp", "fsdp") if spec.sizes[axis] > 1)
+        names = " x ".join(f"{axis} {spec.sizes[axis]}" for axis in BATCH if spec.sizes[axis] > 1)
         product = f"{names} x microbatches {parts}" if names else f"microbatches {parts}"
         yield (
             f"--data.batch-size={config.data.batch_size} does not divide by {product} = {ways * parts}; "

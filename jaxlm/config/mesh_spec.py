@@ -23,9 +23,6 @@ AXES = {
 }
 """Axis of the command line -> axis of the device mesh, outermost first."""
 
-BUILT = ("rep", "dp", "fsdp", "tp")
-"""Axes that training supports today."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MeshSpec:

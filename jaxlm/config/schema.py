@@ -52,10 +52,9 @@ class ModelConfig:
     """Stretch of rope_scaling."""
     rope_original_length: int = 8192
     """Context length before stretching (tokens; llama3 and yarn)."""
-    rope_low_frequency: float = 1.0
-    """Turns per original context below which a frequency is fully stretched (llama3; yarn calls it beta_slow)."""
-    rope_high_frequency: float = 4.0
-    """Turns per original context above which a frequency is left alone (llama3; yarn calls it beta_fast)."""
+    rope_frequencies: tuple[float, ...] = (1.0, 4.0)
+    """Turns per original context below which a frequency is fully stretched, and above which it is left alone (llama3;
+    yarn calls them beta_slow and beta_fast)."""
     qkv_bias: bool = True
     """Biases on the query, key and value projections."""
     output_bias: bool = True
@@ -79,6 +78,25 @@ class ModelConfig:
     """Embeddings are multiplied by sqrt(embed) (Gemma)."""
     dropout: float = 0.0
     """Dropout probability on the embedding and on each sublayer's output."""
+    experts: int = 0
+    """Experts of each feed-forward layer, each of width mlp (mixture of experts); 0 is one dense layer."""
+    experts_per_token: int = 2
+    """Experts that a token is sent to."""
+    shared_experts: int = 0
+    """Experts that every token goes through besides (DeepSeek)."""
+    router: Literal["topk_softmax", "softmax", "sigmoid"] = "topk_softmax"
+    """Weights of a token's experts: softmax among the chosen (Mixtral, Qwen 3), softmax over all (DeepSeek V2), or
+    sigmoids that sum to 1 (DeepSeek V3)."""
+    router_scale: float = 1.0
+    """Multiplies the weights of the routed experts (DeepSeek V3: 2.5)."""
+    capacity_factor: float = 0.0
+    """Tokens that an expert takes of a sequence, over the mean; the rest are dropped. 0 drops none."""
+    balance_loss: float = 0.0
+    """Weight of the load-balancing loss, taken of each sequence (Switch, DeepSeek V3)."""
+    balance_rate: float = 0.0
+    """Step by which an expert's routing bias follows its load (balancing without a loss, DeepSeek V3: 1e-3)."""
+    router_z_loss: float = 0.0
+    """Weight of log(Z)^2 of the router's logits (ST-MoE: 1e-3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +186,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How microbatches go through the stages of pp."""
+
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb"] = "1f1b"
+    """Order of forward and backward work; 1f1b's memory does not grow with the microbatches, interleaved has a smaller
+    bubble, zb splits input from weight gradients."""
+    microbatches: int | None = None
+    """Parts of a batch that are in the pipeline together, at least one a stage (default: 4, 2 or 1 a stage, the most
+    that the batch divides by)."""
+    chunks: int = 2
+    """Pieces of the model that each stage holds (interleaved)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """How sequences are split over devices."""
+
+    method: Literal["ring", "allgather", "ulysses"] = "ring"
+    """Attention over cp: keys and values go around a ring, are gathered whole, or heads are exchanged for tokens."""
+    sequence_parallel: Literal["auto", "on", "off"] = "auto"
+    """With tp, norms and the residual stream are split over the sequence; auto does so on GPU and TPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     """Number formats."""
 
@@ -247,6 +289,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -23,7 +23,7 @@ def frequencies(config: ModelConfig, head_size: int) -> tuple[np.ndarray, float]
     theta = config.rope_theta
     base = theta ** (-np.arange(0, head_size, 2) / head_size)
     factor, original = config.rope_factor, config.rope_original_length
-    low, high = config.rope_low_frequency, config.rope_high_frequency
+    low, high = config.rope_frequencies
     if config.rope_scaling == "linear":
         return base / factor, 1.0
     if config.rope_scaling == "llama3":

@@ -35,6 +35,9 @@ class Runtime:
         if self.pick is not None:
             value = value[self.pick]
         cast = jnp.dtype(dtype or self.dtype)
+        if "embed" in dims and (axes := self.layout.manual_axes("embed")):
+            # Whose backward is the reduce-scatter.
+            return jax.lax.all_gather(value.astype(cast), axes, axis=dims.index("embed"), tiled=True)
         return _gather(self.layout, dims, cast, value) if self._gathers(dims) else value.astype(cast)
 
     @property
@@ -45,7 +48,8 @@ class Runtime:
     @property
     def copies_weights(self) -> bool:
         """Whether `use` makes copies of weights, which the backward pass should make again rather than keep."""
-        return self.pick is not None or self.dtype != jnp.float32 or self.layout.axis_size("embed") > 1
+        gathered = self.layout.axis_size("embed") > 1 or self.layout.manual_axes("embed")
+        return bool(self.pick is not None or self.dtype != jnp.float32 or gathered)
 
     def _gathers(self, dims: Dims) -> bool:
         return "embed" in dims and self.layout.axis_size("embed") > 1

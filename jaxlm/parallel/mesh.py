@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.config.errors import UserError
-from jaxlm.config.mesh_spec import AXES, BUILT, MeshSpec
+from jaxlm.config.mesh_spec import AXES, MeshSpec
 from jaxlm.parallel.host import keep_heap
 
 MOST_SIMULATED = 1024
@@ -34,9 +34,8 @@ def build(
         The mesh (all seven axes, named as in `AXES`, outermost first) and the resolved spec.
 
     Raises:
-        UserError: the sizes do not multiply to the devices there are, or an axis cannot train yet.
+        UserError: the sizes do not multiply to the devices there are.
     """
-    refuse_unbuilt(spec)
     if distributed:
         _join_processes()
     elif simulate:
@@ -60,15 +59,6 @@ def from_devices(spec: MeshSpec, devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh(
         tuple(spec.sizes.values()), tuple(AXES.values()), axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
-
-
-def refuse_unbuilt(spec: MeshSpec) -> None:
-    """Raise on an axis of size > 1 that training does not support yet."""
-    for axis, size in spec.sizes.items():
-        if size != 1 and axis not in BUILT:
-            raise UserError(
-                f"mesh {spec}: axis {axis!r} ({AXES[axis]}) cannot train yet; use {', '.join(BUILT)} (--mesh)"
-            )
 
 
 def _simulate(count: int) -> None:

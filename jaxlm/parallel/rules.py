@@ -1,5 +1,6 @@
 """The one table from logical dimension names to mesh axes, and the shardings that follow from it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ Dims = tuple[str | None, ...]
 """A logical name for each dim of an array; None is never sharded."""
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("replica", "data", "fsdp"),
+    "batch": ("replica", "data", "fsdp", "expert"),
     "sequence": ("context",),
     "embed": ("fsdp",),
     "heads": ("model",),
@@ -35,14 +36,17 @@ class Layout:
 
     mesh: Mesh
     rules: Mapping[str, tuple[str, ...]]
+    manual: frozenset[str] = frozenset()
+    """Mesh axes that a `jax.shard_map` around the computation took over: arrays are cut over them already, and only
+    collectives written out reach across them."""
 
     def axis_size(self, *dims: str) -> int:
-        """Devices over which the logical `dims` are split."""
-        size = 1
-        for dim in dims:
-            for axis in self.rules[dim]:
-                size *= self.mesh.shape[axis]
-        return size
+        """Parts into which the logical `dims` of an array are cut, where axes that are manual have cut it already."""
+        return math.prod(self.mesh.shape[axis] for dim in dims for axis in self._axes(dim, "array"))
+
+    def manual_axes(self, dim: str) -> tuple[str, ...]:
+        """Of the mesh axes that cut `dim`, those that are manual."""
+        return tuple(axis for axis in self.rules[dim] if axis in self.manual and self.mesh.shape[axis] > 1)
 
     def spec(self, dims: Dims, shape: Sequence[int] | None = None, name: str = "array") -> PartitionSpec:
         """The partition spec of an array with logical `dims`; `shape`, where given, is checked to divide.
@@ -65,7 +69,9 @@ class Layout:
 
     def sharding(self, dims: Dims, shape: Sequence[int] | None = None, name: str = "array") -> NamedSharding:
         """`spec` on this mesh."""
-        return NamedSharding(self.mesh, self.spec(dims, shape, name))
+        # Inside a shard_map arrays live on its own view of the mesh, which knows the manual axes.
+        mesh = jax.sharding.get_abstract_mesh() if self.manual else self.mesh
+        return NamedSharding(mesh, self.spec(dims, shape, name))
 
     def constrain(self, x: jax.Array, *dims: str | None) -> jax.Array:
         """Pin an activation, inside jit, to the sharding its logical `dims` ask for."""
@@ -76,7 +82,7 @@ class Layout:
             return ()
         if dim not in self.rules:
             raise UserError(f"{name}: no rule for dim {dim!r}; the dims are {' '.join(self.rules)} (parallel/rules.py)")
-        return tuple(axis for axis in self.rules[dim] if self.mesh.shape[axis] > 1)
+        return tuple(axis for axis in self.rules[dim] if axis not in self.manual and self.mesh.shape[axis] > 1)
 
     def _check_divides(self, name: str, dim: str, size: int, axes: tuple[str, ...]) -> None:
         ways = 1

@@ -125,11 +125,11 @@ def inverse_frequencies(config, size, window):
             frequency /= config.rope_factor
         if scaling == "llama3":  # the branches of Meta's reference code
             wavelength, original = 2 * math.pi / frequency, config.rope_original_length
-            if wavelength > original / config.rope_low_frequency:
+            if wavelength > original / config.rope_frequencies[0]:
                 frequency /= config.rope_factor
-            elif wavelength >= original / config.rope_high_frequency:
-                smooth = original / wavelength - config.rope_low_frequency
-                smooth /= config.rope_high_frequency - config.rope_low_frequency
+            elif wavelength >= original / config.rope_frequencies[1]:
+                smooth = original / wavelength - config.rope_frequencies[0]
+                smooth /= config.rope_frequencies[1] - config.rope_frequencies[0]
                 frequency = (1 - smooth) * frequency / config.rope_factor + smooth * frequency
         out.append(frequency)
     return np.array(out)

@@ -38,7 +38,7 @@ def test_llama3_by_the_branches_of_the_published_code(factor, original, low, hig
     """apply_scaling in https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py"""
     given = config(
         rope_theta=500_000.0, rope_scaling="llama3", rope_factor=factor, rope_original_length=original,
-        rope_low_frequency=low, rope_high_frequency=high,
+        rope_frequencies=(low, high),
     )  # fmt: skip
     wanted, kinds = [], set()
     for frequency in frequencies(config(rope_theta=500_000.0), SIZE)[0]:
@@ -64,7 +64,7 @@ def test_yarn_by_the_formulas_of_the_paper():
     theta, factor, original, slow, fast = 10_000.0, 16.0, 4096, 1.0, 32.0
     given = config(
         rope_theta=theta, rope_scaling="yarn", rope_factor=factor, rope_original_length=original,
-        rope_low_frequency=slow, rope_high_frequency=fast,
+        rope_frequencies=(slow, fast),
     )  # fmt: skip
     found, scale = frequencies(given, SIZE)
     plain, _ = frequencies(config(rope_theta=theta), SIZE)
@@ -80,7 +80,7 @@ def test_yarn_by_the_formulas_of_the_paper():
 
 
 def test_yarn_scales_queries_and_keys():
-    given = config(rope_scaling="yarn", rope_factor=16.0, rope_original_length=4096, rope_high_frequency=32.0)
+    given = config(rope_scaling="yarn", rope_factor=16.0, rope_original_length=4096, rope_frequencies=(1.0, 32.0))
     x = jnp.ones((1, 3, 1, SIZE))
     turned = rotate(x, rotation(given, SIZE, jnp.arange(3, dtype=jnp.int32)[None]))
     np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1) / math.sqrt(SIZE), 0.1 * math.log(16) + 1, rtol=1e-5)

@@ -133,14 +133,6 @@ def test_a_mesh_that_does_not_fit_shows_the_arithmetic(built, asked, parts):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("axis", ["pp", "ep", "cp"])
-def test_an_axis_that_cannot_train_yet_is_refused(axis):
-    with pytest.raises(UserError, match=rf"mesh .*{axis}.*cannot train yet; use rep, dp, fsdp, tp"):
-        meshes.build(parse(f"dp2,{axis}2"))
-    with pytest.raises(UserError, match="cannot train yet"):
-        meshes.build(parse(f"{axis}-1"))
-
-
 def test_inner_axes_are_neighbours():
     mesh = meshes.from_devices(parse("rep2,dp2,tp2"), jax.devices())
     ids = [[[d.id for d in row] for row in plane] for plane in mesh.devices.reshape(2, 2, 2)]

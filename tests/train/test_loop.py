@@ -275,7 +275,6 @@ def test_mistakes_end_in_one_line(corpus: Path, tmp_path: Path) -> None:
         "no axis 'dq'": {"mesh": "dq2"},
         "does not divide by dp 3": {"mesh": "dp3"},
         "--model.heads=2": {"mesh": "tp4"},
-        "does not support pp yet": {"mesh": "pp2"},
         "nearest is --model.embed": {"model.embd": 3},
         "too long": {"data.sequence-length": 1000000, "model.positions": "rotary"},
         "does not exist": {"data.path": tmp_path / "missing"},

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.models.attention.xla import SAVED_NAME
 
-BATCH_AXES = ("replica", "data", "fsdp")
+BATCH_AXES = ("replica", "data", "fsdp", "expert")
 HEAD_AXIS = "model"
 SPLASH_LANES = 128
 SPLASH_BLOCK = 512
