@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxlm.config.errors import UserError
 from jaxlm.config.mesh_spec import AXES, parse
 from jaxlm.parallel import mesh as meshes
 
