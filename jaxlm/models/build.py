@@ -51,6 +51,31 @@ class Model:
         decoder = nnx.merge(self.graph, params)
         return decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, cache=cache)
 
+    def embed(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
+        """What the first block reads [B, T, D]: where a pipeline begins."""
+        decoder = nnx.merge(self.graph, params)
+        return decoder.embed(batch["tokens"], batch["positions"], runtime, key=key)
+
+    def chunk(
+        self,
+        params: Params,
+        numbers_L: jax.Array,
+        x_BTD: jax.Array,
+        batch: dict[str, jax.Array],
+        runtime: Runtime,
+        *,
+        ragged: bool,
+        key: jax.Array | None = None,
+    ):
+        """`x_BTD` after the blocks in `params`, which are those of `numbers_L`: a stage of a pipeline."""
+        decoder = nnx.merge(self.graph, params)
+        segments, positions = batch["segment_ids"], batch["positions"]
+        return decoder.run_chunk(numbers_L, x_BTD, segments, positions, runtime, ragged=ragged, key=key)
+
+    def finish(self, params: Params, x_BTD: jax.Array, runtime: Runtime) -> jax.Array:
+        """The final norm of what the last block wrote: where a pipeline ends."""
+        return nnx.merge(self.graph, params).final_norm(x_BTD, runtime)
+
     def output_matrix(self, params: Params, runtime: Runtime) -> tuple[jax.Array, bool]:
         """The output layer's weights, and whether they stand as [V, D] (tied) rather than [D, V]."""
         return nnx.merge(self.graph, params).output_matrix(runtime)
