@@ -1,5 +1,6 @@
 """Pipeline schedules: every table that is built is valid, and nothing that is not valid passes as such."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,31 +11,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.config.errors import UserError
-from jaxlm.parallel.schedules import Table, build, validate
-from jaxlm.parallel.schedules.order import ORDERS
+from jaxlm.parallel.schedules import Table, build, forward, validate
+from jaxlm.parallel.schedules.order import ORDERS, interleaved
 from jaxlm.parallel.schedules.table import ROWS
+from jaxlm.parallel.schedules.validate import KINDS
 
 NUMBERS = ("stages", "chunks", "microbatches", "activation_slots", "cotangent_slots")
 
-schedules = st.sampled_from(sorted(ORDERS))
+schedules = st.sampled_from(sorted(KINDS))
 stages = st.integers(1, 8)
 
 
-@st.composite
-def tables(draw, most_stages: int = 8) -> Table:
-    p = draw(st.integers(1, most_stages))
-    return build(draw(schedules), p, draw(st.integers(p, 3 * p + 2)), draw(st.integers(2, 4)))
+def arguments(most_stages: int = 8) -> st.SearchStrategy[tuple[str, int, int, int]]:
+    """Of `made`: schedule, stages, microbatches, chunks."""
+    numbers = st.integers(1, most_stages).flatmap(lambda p: st.tuples(st.just(p), st.integers(p, 3 * p + 2)))
+    return st.builds(lambda name, pm, v: (name, *pm, v), schedules, numbers, st.integers(2, 4))
 
 
-@given(tables())
-def test_tables_are_valid(table):
+def made(schedule: str, p: int, m: int, v: int) -> Table:
+    return forward(p, m, v) if schedule == "forward" else build(schedule, p, m, v)
+
+
+@given(arguments())
+def test_tables_are_valid(arguments):
+    table = made(*arguments)
     validate(table)
-    for kind in "fb":
-        assert (getattr(table, f"{kind}_microbatch") >= 0).sum() == table.microbatches * table.virtual
+    for kind in "fbw":
+        done = table.microbatches * table.virtual if kind in KINDS[table.name] else 0
+        assert (getattr(table, f"{kind}_microbatch") >= 0).sum() == done
 
 
-@given(tables(most_stages=4), st.data())
-def test_any_single_change_is_found(table, data):
+@given(arguments(most_stages=4), st.data())
+def test_any_single_change_is_found(arguments, data):
+    table = made(*arguments)
     name = data.draw(st.sampled_from(ROWS))
     rows = getattr(table, name).copy()
     index = tuple(data.draw(st.integers(0, size - 1)) for size in rows.shape)
@@ -60,21 +69,66 @@ def test_every_single_change_is_found(schedule):
     assert changes > 500
 
 
-@given(tables(), st.sampled_from(NUMBERS), st.sampled_from([-1, 1]))
-def test_a_wrong_number_is_found(table, name, more):
-    with pytest.raises((ValueError, IndexError)):
+@given(arguments(), st.sampled_from(NUMBERS), st.sampled_from([-1, 1]))
+def test_a_wrong_number_is_found(arguments, name, more):
+    table = made(*arguments)
+    with pytest.raises(ValueError):
         validate(replace(table, **{name: getattr(table, name) + more}))
 
 
-@given(tables(), st.randoms(use_true_random=False))
-def test_exchanged_ticks_are_found(table, random):
-    """An order of ticks that is not the schedule's breaks it, but for the ticks that do the same."""
-    order = list(range(table.ticks))
-    random.shuffle(order)
-    shuffled = {name: getattr(table, name)[order] for name in ROWS}
-    if any((shuffled[name] != getattr(table, name)).any() for name in ROWS):
-        with pytest.raises(ValueError):
-            validate(replace(table, **shuffled))
+def computed(table: Table, weights: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Gradients [virtual] of sum(y^2) / 2 where virtual stage j multiplies by weights[j], computed as an engine would.
+
+    Buffers start with a number of their own, so that what was never written shows.
+    """
+    p, last, gradients = table.stages, table.virtual - 1, np.zeros_like(weights)
+    activations = np.full((p, table.activation_slots + 1), 7)
+    cotangents = np.full((p, table.cotangent_slots + 1), 11)
+    for tick in range(table.ticks):
+        ys, dxs = np.full(p, 13), np.full(p, 17)
+        for kind, s in itertools.product("fbw", range(p)):
+            action = table.action(kind, tick, s)
+            if action is None:
+                continue
+            i, j, slot, cotangent_slot = action
+            x = inputs[i] if j == 0 else activations[s, slot]
+            y = weights[j] * x
+            dy = y if j == last else cotangents[s, cotangent_slot]
+            if kind == "f":
+                ys[s] = y
+            if kind == "b":
+                dxs[s] = weights[j] * dy
+            if kind == KINDS[table.name][-1]:
+                gradients[j] += dy * x
+        for s in range(p):
+            activations[s, table.receive_activation_slot[tick, s]] = ys[s - 1]
+            cotangents[s, table.receive_cotangent_slot[tick, s]] = dxs[(s + 1) % p]
+    return gradients
+
+
+def expected(table: Table, weights: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    outputs = inputs * weights.prod()
+    return (outputs**2).sum() // weights
+
+
+@given(arguments(most_stages=4), st.data())
+def test_what_is_accepted_computes_the_gradients(arguments, data):
+    """Also after ticks were exchanged, which may or may not give another valid schedule."""
+    table = made(*arguments)
+    weights = np.resize(np.array([2, -1, 3, 1, 1]), table.virtual)
+    inputs = np.arange(table.microbatches) + 1
+    if KINDS[table.name] != "f":
+        assert (computed(table, weights, inputs) == expected(table, weights, inputs)).all()
+    first = data.draw(st.integers(0, table.ticks - 1))
+    order = np.arange(table.ticks)
+    order[[first, first - 1]] = order[[first - 1, first]]
+    exchanged = replace(table, **{name: getattr(table, name)[order] for name in ROWS})
+    try:
+        validate(exchanged)
+    except ValueError:
+        return
+    if KINDS[table.name] != "f":
+        assert (computed(exchanged, weights, inputs) == expected(exchanged, weights, inputs)).all()
 
 
 def broken(schedule: str, **entries: tuple[int, int, int]) -> Table:
@@ -99,6 +153,13 @@ def broken(schedule: str, **entries: tuple[int, int, int]) -> Table:
         (broken("gpipe", receive_activation_slot=(1, 1, 0)), "tick 1 stage 1: .* overwritten, but holds microbatch 0"),
         (broken("gpipe", b_slot=(4, 1, 2)), "tick 4 stage 1: .* activation slot 2 holds microbatch 2"),
         (broken("gpipe", f_microbatch=(1, 0, 3)), "tick 1 stage 0: f_microbatch=3 is not from -1 to 2"),
+        (
+            broken("zb", w_microbatch=(2, 0, 1)),
+            "weight gradients of microbatch 1 .* before its backward",
+        ),
+        (broken("zb", w_cotangent_slot=(2, 1, 0)), "tick 2 stage 1: .* has no cotangent to read"),
+        (broken("interleaved", f_chunk=(0, 0, -1)), "tick 0 stage 0: f_chunk=-1 is no chunk"),
+        (replace(build("zb", 2, 3), name="1f1b"), "1f1b has none"),
         (replace(build("gpipe", 2, 3), name="ours"), "schedule 'ours' is none of"),
         (replace(build("gpipe", 2, 3), name="zb"), "cotangent slot 0 is overwritten, but holds microbatch 0"),
         (replace(build("1f1b", 1, 3), microbatches=4), "^forward of microbatch 3 on virtual stage 0 is missing"),
@@ -128,17 +189,64 @@ def test_gpipe(p, more):
     assert np.argwhere(forward)[:, 0].max() < np.argwhere(backward)[:, 0].min()
 
 
+@given(stages, st.integers(0, 20))
+def test_zb(p, more):
+    """Every stage makes the weight gradients of a microbatch in one tick, and the stash is that of 1f1b but for one."""
+    m = p + more
+    table, other = build("zb", p, m), build("1f1b", p, m)
+    for name in ("f_microbatch", "f_chunk", "b_microbatch", "b_chunk"):
+        assert (getattr(table, name) == getattr(other, name)).all()
+    assert (table.w_microbatch == np.r_[[-1] * 2 * (p - 1), range(m)][:, None]).all()
+    assert table.activation_slots == (0 if p == 1 else min(2 * (p - 1), m))
+    assert table.cotangent_slots == p - 1
+
+
+@given(stages, st.integers(1, 4), st.integers(2, 5))
+def test_interleaved_in_whole_groups(p, groups, v):
+    """The ticks of Megatron's schedule: nothing is idle between a stage's first and last forward."""
+    m = groups * p
+    order, table = interleaved(p, m, v), build("interleaved", p, m, v)
+    for i, j in np.ndindex(m, p * v):
+        (g, r), (c, s) = divmod(i, p), divmod(j, p)
+        assert order.forward[i, j] == g * v * p + c * p + r + s
+        assert order.backward[i, j] == (v * p - 1) + g * v * p + (v - 1 - c) * p + r + (p - 1 - s)
+    assert table.ticks == m * v + v * p - 1 + p - 1
+    assert table.chunks == v
+
+
+@given(stages, st.integers(0, 30), st.integers(2, 4))
+def test_interleaved_stash_does_not_grow(p, more, v):
+    """Also where the microbatches are no multiple of the stages: the largest group is below twice the stages."""
+    table = build("interleaved", p, p + more, v)
+    assert table.activation_slots <= (v - 1) * (2 * p - 1) * 2 + 2 * p - 1
+    whole = -(-(p + more) // p) * p
+    assert table.ticks <= build("interleaved", p, whole, v).ticks
+
+
+@given(stages, st.integers(1, 30), st.integers(1, 4))
+def test_forward(p, m, v):
+    """No stage waits for anything but the pipeline to fill, and for the first microbatch to come round the ring."""
+    table = forward(p, m, v)
+    assert table.ticks == (v * m + p - 1 if m >= p else (v - 1) * p + m + p - 1)
+    assert table.activation_slots <= p
+    assert table.cotangent_slots == 0
+    assert (table.b_microbatch == -1).all() and (table.w_microbatch == -1).all()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("1f1b", 4, 3), r"--pipeline.microbatches=3 is less than the 4 stages.*use --pipeline.microbatches=4 or more"),
         (("1f1b", 0, 3), "0 stages"),
+        (("interleaved", 4, 8, 1), "--pipeline.chunks=1: .* use --pipeline.chunks=2, or --pipeline.schedule=1f1b"),
         (("dualpipe", 4, 4), "--pipeline.schedule=dualpipe: no such schedule; use .*1f1b"),
     ],
 )
 def test_mistakes(arguments, message):
     with pytest.raises(UserError, match=message):
         build(*arguments)
+    with pytest.raises(UserError, match="0 microbatches"):
+        forward(2, 0)
 
 
 def test_tables_cannot_change():

@@ -20,8 +20,8 @@ stage` is chunk `chunk` of stage `stage`.
 `order` says when, `build` adds where values wait, `validate` proves the table.
 """
 
-from jaxlm.parallel.schedules.build import build
+from jaxlm.parallel.schedules.build import build, forward
 from jaxlm.parallel.schedules.table import Table
 from jaxlm.parallel.schedules.validate import validate
 
-__all__ = ["Table", "build", "validate"]
+__all__ = ["Table", "build", "forward", "validate"]

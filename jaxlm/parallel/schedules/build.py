@@ -5,7 +5,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from jaxlm.config.errors import UserError
-from jaxlm.parallel.schedules.order import ORDERS, Order, Ticks, grid
+from jaxlm.parallel.schedules.order import ORDERS, Order, Ticks, forward_only, grid
 from jaxlm.parallel.schedules.table import ROWS, Table
 from jaxlm.parallel.schedules.validate import validate
 
@@ -23,6 +23,18 @@ def build(schedule: str, stages: int, microbatches: int, chunks: int = 1) -> Tab
     check(schedule, stages, microbatches, chunks)
     chunks = chunks if schedule in CHUNKED else 1
     return _table(schedule, ORDERS[schedule](stages, microbatches, chunks), stages, chunks)
+
+
+def forward(stages: int, microbatches: int, chunks: int = 1) -> Table:
+    """The table of an evaluation, which only goes forward; any number of microbatches.
+
+    Raises:
+        UserError: a number below 1.
+    """
+    for name, number in (("microbatches", microbatches), ("stages", stages), ("chunks", chunks)):
+        if number < 1:
+            raise UserError(f"{number} {name}: a pipeline has 1 or more")
+    return _table("forward", forward_only(stages, microbatches, chunks), stages, chunks)
 
 
 def check(schedule: str, stages: int, microbatches: int, chunks: int, prefix: str = "--pipeline.") -> None:
