@@ -59,7 +59,8 @@ def check(config: RunConfig, spec: MeshSpec) -> None:
     A size that is still to be inferred counts as 1, so that most mistakes show before any device is asked for.
     """
     spec = MeshSpec(sizes={axis: max(size, 1) for axis, size in spec.sizes.items()})
-    for problem in (*_ranges(config), *_model(config.model), *_data(config), *_training(config), *_mesh(config, spec)):
+    one_run = (*_ranges(config), *_model(config.model), *_data(config), *_training(config))
+    for problem in (*one_run, *_pipeline(config, spec), *_mesh(config, spec)):
         raise UserError(problem)
 
 
@@ -75,6 +76,51 @@ def profile_window(steps: str) -> tuple[int, int]:
 def data_ways(spec: MeshSpec) -> int:
     """Parts the rows of a batch are split into, over the replica, data, fsdp and expert axes."""
     return math.prod(spec.sizes[axis] for axis in BATCH)
+
+
+def pipeline_chunks(config: RunConfig) -> int:
+    """Pieces of the model that each stage holds."""
+    return config.pipeline.chunks if config.pipeline.schedule == "interleaved" else 1
+
+
+def pipeline_microbatches(config: RunConfig, stages: int, ways: int) -> int:
+    """Microbatches of a pipeline of `stages`, where the rows of a batch are split into `ways`.
+
+    Where the configuration leaves it open: 4, 2 or 1 a stage, the most that the batch divides by."""
+    if config.pipeline.microbatches:
+        return config.pipeline.microbatches
+    fitting = (stages * each for each in (4, 2, 1) if config.data.batch_size % (ways * stages * each) == 0)
+    return next(fitting, stages)
+
+
+def _pipeline(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
+    stages, chunks, layers = spec.sizes["pp"], pipeline_chunks(config), config.model.layers
+    if stages == 1:
+        return
+    if layers < stages * chunks:
+        of = f" x --pipeline.chunks={chunks}" if chunks > 1 else ""
+        yield (
+            f"--model.layers={layers} does not fill pp {stages}{of} = {stages * chunks} parts of the model; "
+            f"use pp{_nearest_divisor(layers, stages)} or --model.layers={stages * chunks}"
+        )
+    if chunks == 1 and config.pipeline.schedule == "interleaved":
+        yield "--pipeline.chunks=1 leaves nothing to interleave; use --pipeline.chunks=2 or --pipeline.schedule=1f1b"
+    if config.train.microbatches > 1:
+        yield (
+            f"--train.microbatches={config.train.microbatches} with pp: a pipeline accumulates over its own; "
+            f"use --train.microbatches=1 and --pipeline.microbatches={config.train.microbatches}"
+        )
+    if config.pipeline.microbatches is not None and config.pipeline.microbatches < stages:
+        yield (
+            f"--pipeline.microbatches={config.pipeline.microbatches} is fewer than pp {stages}: stages would stay "
+            f"empty; use --pipeline.microbatches={stages} or more"
+        )
+    ways = spec.sizes["fsdp"] * stages
+    if config.model.embed % ways:
+        yield (
+            f"--model.embed={config.model.embed} does not divide by fsdp {spec.sizes['fsdp']} x pp {stages} = {ways}, "
+            f"by which evaluation cuts parameters; use --model.embed={_nearest_multiple(config.model.embed, ways)}"
+        )
 
 
 def _ranges(config: RunConfig) -> Iterator[str]:
@@ -176,10 +222,12 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
             f"--model.kv-heads={kv_heads} neither divides by tp {tp} of mesh {spec} nor divides it; "
             f"use tp{_nearest_divisor(kv_heads, tp)}"
         )
-    ways, parts = data_ways(spec), config.train.microbatches
+    ways, parts, kind = data_ways(spec), config.train.microbatches, "microbatches"
+    if spec.sizes["pp"] > 1:
+        parts, kind = pipeline_microbatches(config, spec.sizes["pp"], ways), "pipeline microbatches"
     if config.data.batch_size % (ways * parts):
         names = " x ".join(f"{axis} {spec.sizes[axis]}" for axis in BATCH if spec.sizes[axis] > 1)
-        product = f"{names} x microbatches {parts}" if names else f"microbatches {parts}"
+        product = f"{names} x {kind} {parts}" if names else f"{kind} {parts}"
         yield (
             f"--data.batch-size={config.data.batch_size} does not divide by {product} = {ways * parts}; "
             f"use --data.batch-size={_nearest_multiple(config.data.batch_size, ways * parts)}"

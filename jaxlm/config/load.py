@@ -33,7 +33,7 @@ MAY_CHANGE = (
     *("data.batch_size", "data.cache", "data.prefetch"),
     *("optimizer.shard", "optimizer.learning_rate", "optimizer.clip_norm"),
     *("train.steps", "train.log_every", "train.microbatches", "train.loss_chunk", "train.max_skipped"),
-    *("checkpoint.", "eval.", "metrics.", "profile."),
+    *("pipeline.", "context.", "checkpoint.", "eval.", "metrics.", "profile."),
 )
 """Keys (a final dot: whole sections) that may differ when a run continues; all others define what the run computes."""
 

@@ -143,7 +143,9 @@ def _runtime(config: RunConfig, spec: MeshSpec) -> "Runtime":
         softcap=config.model.attention_softcap,
         cached=True,
     )
-    return Runtime(layout=layout(mesh, kv_heads=kv_heads(config.model)), attention=attention.name, dtype=dtype)
+    return Runtime(
+        layout=layout(mesh, kv_heads=kv_heads(config.model), variant="decode"), attention=attention.name, dtype=dtype
+    )
 
 
 def note(line: str) -> None:

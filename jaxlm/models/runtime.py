@@ -1,13 +1,14 @@
 """How a model is computed, as opposed to what it is: devices, number formats, kernels, what is recomputed."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config.schema import PrecisionConfig
-from jaxlm.parallel.rules import Dims, Layout
+from jaxlm.parallel.rules import Dims, Layout, across
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class Runtime:
         cast = jnp.dtype(dtype or self.dtype)
         if "embed" in dims and (axes := self.layout.manual_axes("embed")):
             # Whose backward is the reduce-scatter.
-            return jax.lax.all_gather(value.astype(cast), axes, axis=dims.index("embed"), tiled=True)
+            gather = partial(jax.lax.all_gather, axis_name=axes, axis=dims.index("embed"), tiled=True)
+            return across(gather, value.astype(cast), self.layout.spec(dims))
         return _gather(self.layout, dims, cast, value) if self._gathers(dims) else value.astype(cast)
 
     @property

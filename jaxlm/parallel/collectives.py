@@ -38,7 +38,7 @@ class Collective:
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     """Read the collectives of `hlo` (`compiled.as_text()`), largest first.
 
-    A loop whose trip count XLA does not state is counted once.
+    A loop whose trip count XLA does not state is counted once, and a branch as if it were always taken.
     """
     runs = _executions(hlo)
     total: dict[tuple[str, str], tuple[int, int]] = {}
@@ -55,6 +55,29 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
         total[key] = (count + times, size + times * _result_bytes(match[1], match[2]))
     rows = [Collective(kind=k, axes=a, count=c, bytes=b) for (k, a), (c, b) in total.items()]
     return sorted(rows, key=lambda row: -row.bytes)
+
+
+def axes_in_branches(hlo: str, mesh: Mesh) -> set[str]:
+    """The mesh axes of all collectives that stand in a branch: each group must take the same branch, or it hangs."""
+    calls: dict[str, set[str]] = {}
+    reached: list[str] = []
+    for computation, line in _lines(hlo):
+        called = {n.strip() for one, more in _CALLED.findall(line) for n in (one or more).replace("%", "").split(",")}
+        calls.setdefault(computation, set()).update(called)
+        if " conditional(" in line:
+            reached.extend(called)
+    inside: set[str] = set()
+    while reached:
+        name = reached.pop()
+        if name not in inside:
+            inside.add(name)
+            reached.extend(calls.get(name, ()))
+    found = set()
+    for computation, line in _lines(hlo):
+        match = _INSTRUCTION.match(line)
+        if computation in inside and match and match[2].removesuffix("-start") in KINDS:
+            found.add(_axes(line, mesh))
+    return found
 
 
 def _lines(hlo: str):

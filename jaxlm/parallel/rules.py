@@ -1,7 +1,7 @@
 """The one table from logical dimension names to mesh axes, and the shardings that follow from it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -45,6 +45,11 @@ class Layout:
     def axis_size(self, *dims: str) -> int:
         """Parts into which the logical `dims` of an array are cut, where axes that are manual have cut it already."""
         return math.prod(self.mesh.shape[axis] for dim in dims for axis in self._axes(dim, "array"))
+
+    def within(self, manual: frozenset[str]) -> "Layout":
+        """The layout inside a `jax.shard_map` over the `manual` axes, where a stage has its layers to itself."""
+        rules = {dim: tuple(axis for axis in axes if axis != "pipeline") for dim, axes in self.rules.items()}
+        return Layout(mesh=self.mesh, rules=rules, manual=manual)
 
     def manual_axes(self, dim: str) -> tuple[str, ...]:
         """Of the mesh axes that cut `dim`, those that are manual."""
@@ -99,13 +104,54 @@ class Layout:
             )
 
 
-def layout(mesh: Mesh, *, kv_heads: int | None = None) -> Layout:
+def across(run: Callable[[jax.Array], jax.Array], x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`run(x)`, a collective over manual axes, of an array that automatic axes cut as `spec`, as they cut the result.
+
+    Left to itself, XLA's partitioner gathers `x` over the automatic axes first: so they are made manual too.
+    """
+    automatic = frozenset(axis for dim in range(len(spec)) for axis in axes_of(spec, dim))
+    if not automatic:
+        return run(x)
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=automatic, check_vma=False)(x)
+
+
+def cut_by(spec: PartitionSpec, axes: Collection[str]) -> PartitionSpec:
+    """What of `spec` is about `axes`."""
+    kept = (tuple(name for name in axes_of(spec, dim) if name in axes) for dim in range(len(spec)))
+    return PartitionSpec(*(names or None for names in kept))
+
+
+def axes_of(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
+    """The mesh axes that cut dim `dim`, outermost first."""
+    entry = spec[dim] if dim < len(spec) else None
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "stages": {},
+    "dealt": {"layers": (), "embed": ("fsdp", "pipeline")},
+    "forward": {"layers": (), "embed": ("fsdp", "pipeline"), "batch": (*RULES["batch"], "pipeline")},
+    "decode": {
+        "layers": (),
+        "embed": ("fsdp", "pipeline"),
+        "batch": (*RULES["batch"], "pipeline", "context"),
+        "sequence": (),
+    },
+}
+"""What differs from RULES, by what the arrays are for. stages: training where each stage holds its consecutive layers.
+dealt: training where stages hold layers from all over the model, which are exchanged when a step begins. forward: no
+pipeline at all, its axis is one more of fsdp; decode: nor sequences to cut, so context takes rows too."""
+
+
+def layout(mesh: Mesh, *, kv_heads: int | None = None, variant: str = "stages") -> Layout:
     """The rules on `mesh`. With fewer key and value heads than `tp` needs, those heads are kept whole on each device.
 
     Args:
         kv_heads: heads of keys and values; a count that divides `tp` (multi-query attention) cannot be split by it.
+        variant: one of VARIANTS.
     """
-    rules = dict(RULES)
+    rules = RULES | VARIANTS[variant]
     model = mesh.shape["model"]
     if kv_heads is not None and kv_heads % model and model % kv_heads == 0:
         rules["kv_heads"] = ()
@@ -113,27 +159,22 @@ def layout(mesh: Mesh, *, kv_heads: int | None = None) -> Layout:
 
 
 def spread(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh, axis: str, name: str) -> PartitionSpec:
-    """`spec` with the first dim that can take it also split over mesh `axis`: how ZeRO shards optimizer state.
+    """`spec` with one dim that can take it also split over mesh `axis`: how ZeRO shards optimizer state.
 
-    A dim can take the axis where its size divides by all its axes together. An array with no such dim keeps `spec`
-    if it is small (under 2 ** 14 elements); otherwise that is an error naming the array.
+    A dim can take the axis where its size divides by all its axes together; one that is whole comes first, one that
+    `model` cuts last, because what a shard_map scatters must not be cut by an axis that it left automatic. An array
+    with no such dim keeps `spec` if it is small (under 2 ** 14 elements); otherwise that is an error naming the array.
     """
     ways = mesh.shape[axis]
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     if ways == 1:
         return spec
-    for position, entry in enumerate(entries):
-        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        already = 1
-        for held in axes:
-            already *= mesh.shape[held]
-        if shape[position] % (already * ways) == 0:
-            entries[position] = (*axes, axis)
+    held = [axes_of(spec, dim) for dim in range(len(shape))]
+    for dim in sorted(range(len(shape)), key=lambda dim: ("model" in held[dim], len(held[dim]))):
+        if shape[dim] % (math.prod(mesh.shape[name] for name in held[dim]) * ways) == 0:
+            entries[dim] = (*held[dim], axis)
             return PartitionSpec(*entries)
-    size = 1
-    for length in shape:
-        size *= length
-    if size < 2**14:
+    if math.prod(shape) < 2**14:
         return spec
     raise UserError(
         f"{name} {tuple(shape)}: no dim divides by {FLAG[axis]}{ways}, so its optimizer state cannot be sharded; "

@@ -1,13 +1,14 @@
 """From a configuration and a mesh to all a step needs: model, optimizer, where the state lives, the step itself."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxlm.config.checks import pipeline_chunks
 from jaxlm.config.schema import ModelConfig, RunConfig
 from jaxlm.models import attention, build
 from jaxlm.models.block import head_size, kv_heads
@@ -38,6 +39,26 @@ class Assembly:
         """A fresh state, born sharded."""
         return state.init(self.model, self.optimizer, self.plan, self.config.train.seed)
 
+    def unpiped(self, variant: str) -> Runtime:
+        """For a forward pass without a pipeline: as in training, but laid out as `variant` of `parallel.rules`.
+
+        Where the batch has too few rows to give the pipeline's axis some of its own, its devices repeat each other.
+        """
+        layout = self.runtime.layout
+        if layout.mesh.shape["pipeline"] == layout.mesh.shape["context"] == 1:
+            return self.runtime
+        other = rules.layout(layout.mesh, kv_heads=kv_heads(self.config.model), variant=variant)
+        if variant == "forward" and self.config.data.batch_size % other.axis_size("batch"):
+            other = rules.layout(layout.mesh, kv_heads=kv_heads(self.config.model), variant="dealt")
+        return replace(self.runtime, layout=other)
+
+    def moved(self, params: build.Params, runtime: Runtime) -> build.Params:
+        """The parameters as `runtime` lays them out."""
+        shardings = jax.tree.map(lambda leaf, dims: runtime.layout.sharding(dims, leaf.shape), params, self.model.dims)
+        if shardings == self.plan.shardings["params"]:
+            return params
+        return jax.jit(lambda params: params, out_shardings=shardings)(params)
+
 
 def assemble(
     config: RunConfig,
@@ -56,7 +77,8 @@ def assemble(
     """
     device = mesh.devices.flat[0]
     model = build.build(config.model, tokenizer_vocabulary)
-    layout = rules.layout(mesh, kv_heads=kv_heads(config.model))
+    even = pipeline_chunks(config) == 1 and config.model.layers % mesh.shape["pipeline"] == 0
+    layout = rules.layout(mesh, kv_heads=kv_heads(config.model), variant="stages" if even else "dealt")
     if not layout.rules["kv_heads"] and mesh.shape["model"] > 1:
         announce(f"{kv_heads(config.model)} kv heads are kept whole on each of tp{mesh.shape['model']}'s devices")
     dtype = compute_dtype(config.precision, device.platform)

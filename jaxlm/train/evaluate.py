@@ -10,14 +10,15 @@ import numpy as np
 from jaxlm.config.errors import UserError
 from jaxlm.data.loader import Loader, batches
 from jaxlm.train.assemble import Assembly
-from jaxlm.train.step import eval_step
+from jaxlm.train.step import abstract_batch, eval_step
 
 
 class Evaluator:
     """Measures a model on the first samples of the validation split: the same ones each time, each at most once."""
 
     def __init__(self, assembly: Assembly, loader: Loader):
-        self._step = eval_step(assembly.model, assembly.config, assembly.runtime)
+        self._runtime = assembly.unpiped("forward")
+        self._step = eval_step(assembly.model, assembly.config, self._runtime)
         self._assembly, self._loader = assembly, loader
         lengths = np.zeros(assembly.model.padded_vocabulary, np.int32)  # ids beyond the tokenizer's stand for no text
         known = loader.corpora.tokenizer.byte_lengths()
@@ -30,7 +31,8 @@ class Evaluator:
         size = config.data.batch_size
         samples = self._loader.samples_per_epoch
         count = min(config.eval.batches, -(-samples // size))
-        sharding = self._assembly.batch
+        sharding = abstract_batch(config, self._runtime)
+        params = self._assembly.moved(params, self._runtime)
         sums: list[tuple[jax.Array, ...]] = []
         with batches(self._loader, 0, size, lambda name: sharding[name].sharding, 2, stop=count * size) as stream:
             for after, batch, _ in stream:

@@ -22,6 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.config.schema import RunConfig
+from jaxlm.models.build import Model, Params
+from jaxlm.models.runtime import Runtime
+
 HIDDEN = -1e30
 """Logit of a padding column: finite, so that a shard of nothing but padding stays finite."""
 
@@ -31,6 +35,37 @@ BLOCK_LOGITS = 1 << 20
 BLOCK_WIDTHS = 4
 """... but no fewer tokens than this many times D: a block rewrites the [D, V] gradient of the head, which must stay
 cheap beside its passes over [R, V] logits."""
+
+
+def token_losses(
+    model: Model,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    batch: dict[str, jax.Array],
+    runtime: Runtime,
+    config: RunConfig,
+    *,
+    plain: bool = False,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`cross_entropy` of a model's final hidden states, as `config` wants it: loss sum and counted tokens.
+
+    With `plain`, without z-loss and label smoothing: what evaluation reports.
+    """
+    matrix, transposed = model.output_matrix(params, runtime)
+    return cross_entropy(
+        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        matrix,
+        batch["targets"].reshape(-1),
+        batch["loss_mask"].reshape(-1),
+        vocabulary=model.vocabulary,
+        chunk=config.train.loss_chunk,
+        z_loss=0.0 if plain else config.train.z_loss,
+        label_smoothing=0.0 if plain else config.train.label_smoothing,
+        softcap=model.config.logit_softcap,
+        transposed=transposed,
+        shards=runtime.layout.axis_size("vocab"),
+        token_shards=runtime.layout.axis_size("batch", "sequence"),
+    )
 
 
 class _Terms(NamedTuple):

@@ -17,10 +17,11 @@ def write_sample(assembly: Assembly, tokenizer: Tokenizer, params: Any, folder: 
         # A sample is a courtesy: one as long as the position table allows is better than an error after the training.
         prompt = prompt[: model.max_positions // 2]
         length = min(length, model.max_positions - len(prompt))
+    runtime = assembly.unpiped("decode")
     continuation = generate(
         assembly.model,
-        params,
-        assembly.runtime,
+        assembly.moved(params, runtime),
+        runtime,
         [prompt],
         max_new_tokens=length,
         temperature=0.8,

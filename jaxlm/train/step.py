@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm.config.schema import RunConfig
 from jaxlm.models.build import Model
 from jaxlm.models.runtime import Runtime
-from jaxlm.train.loss import cross_entropy
+from jaxlm.train import stages
+from jaxlm.train.loss import token_losses
 from jaxlm.train.state import State, StatePlan
 
 Batch = dict[str, jax.Array]
@@ -57,21 +58,7 @@ def loss_sums(
         plain: cross-entropy alone, without z-loss and label smoothing (what evaluation reports).
     """
     x_BTD = model.hidden(params, batch, runtime, key)
-    matrix, transposed = model.output_matrix(params, runtime)
-    return cross_entropy(
-        x_BTD.reshape(-1, x_BTD.shape[-1]),
-        matrix,
-        batch["targets"].reshape(-1),
-        batch["loss_mask"].reshape(-1),
-        vocabulary=model.vocabulary,
-        chunk=config.train.loss_chunk,
-        z_loss=0.0 if plain else config.train.z_loss,
-        label_smoothing=0.0 if plain else config.train.label_smoothing,
-        softcap=model.config.logit_softcap,
-        transposed=transposed,
-        shards=runtime.layout.axis_size("vocab"),
-        token_shards=runtime.layout.axis_size("batch", "sequence"),
-    )
+    return token_losses(model, params, x_BTD, batch, runtime, config, plain=plain)
 
 
 def gradients(
@@ -90,9 +77,34 @@ def gradients(
     With microbatches, gradients are accumulated in float32 where `shardings` puts them. `scale` multiplies the loss
     of the backward pass and is divided out again: what float16 needs to keep small gradients.
     """
-    parts = config.train.microbatches
     count = batch["loss_mask"].sum()
     share = (1.0 if scale is None else scale) / jnp.maximum(count, 1.0)
+    if runtime.layout.mesh.shape["pipeline"] > 1:
+        parts = stages.table(config, runtime.layout).microbatches
+        batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
+        grads, total = stages.gradients(
+            model, params, batch, runtime, config, key=key, share=share, shardings=shardings
+        )
+    else:
+        grads, total = _accumulated(model, params, batch, runtime, config, key=key, share=share, shardings=shardings)
+    if scale is not None:
+        grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), total, count
+
+
+def _accumulated(
+    model: Model,
+    params: Any,
+    batch: Batch,
+    runtime: Runtime,
+    config: RunConfig,
+    *,
+    key: jax.Array | None,
+    share: jax.Array,
+    shardings: Any,
+) -> tuple[Any, jax.Array]:
+    """Gradients of the loss sum times `share`, one microbatch after the other, and the loss sum."""
+    parts = config.train.microbatches
 
     def scaled_loss(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         total, _ = loss_sums(model, params, part, runtime, config, key=key)
@@ -103,20 +115,16 @@ def gradients(
         return jax.lax.with_sharding_constraint(grads, shardings), total
 
     if parts == 1:
-        grads, total = one(batch, key)
-    else:
-        batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
+        return one(batch, key)
+    batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
 
-        def accumulate(sums: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            part, index = x
-            new = one(part, None if key is None else jax.random.fold_in(key, index))
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
+    def accumulate(sums: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        part, index = x
+        new = one(part, None if key is None else jax.random.fold_in(key, index))
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
 
-        zeros = jax.tree.map(lambda p, s: jnp.zeros(p.shape, jnp.float32, device=s), params, shardings)
-        (grads, total), _ = jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (batch, jnp.arange(parts)))
-    if scale is not None:
-        grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
-    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), total, count
+    zeros = jax.tree.map(lambda p, s: jnp.zeros(p.shape, jnp.float32, device=s), params, shardings)
+    return jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (batch, jnp.arange(parts)))[0]
 
 
 def _microbatches(x: jax.Array, parts: int, runtime: Runtime) -> jax.Array:

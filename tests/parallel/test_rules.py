@@ -101,14 +101,15 @@ def test_kv_heads_that_neither_divide_nor_are_divided_are_refused(heads):
     [
         ("dp4,tp2", (None, "model"), (8, 6), PartitionSpec(("data",), "model")),
         ("dp4,tp2", (None, "model"), (6, 8), PartitionSpec(None, ("model", "data"))),
-        ("dp4,fsdp2", (("fsdp",), None), (8, 4), PartitionSpec(("fsdp", "data"), None)),
+        ("dp4,fsdp2", (("fsdp",), None), (8, 6), PartitionSpec(("fsdp", "data"), None)),
+        ("dp4,tp2", ("model", None), (8, 4), PartitionSpec("model", ("data",))),
         ("dp4,fsdp2", (("fsdp",), None), (4, 4), PartitionSpec(("fsdp",), ("data",))),
         ("dp2,tp2", (), (5, 4), PartitionSpec(None, ("data",))),
         ("tp2", (None, "model"), (6, 8), PartitionSpec(None, "model")),
         ("dp4", (None,), (6,), PartitionSpec(None)),
     ],
 )
-def test_zero_takes_the_first_dim_that_can(mesh, spec, shape, wanted):
+def test_zero_takes_the_first_whole_dim_that_can(mesh, spec, shape, wanted):
     mesh = mesh_of(mesh)
     found = rules.spread(PartitionSpec(*spec), shape, mesh, "data", "w")
     assert found == wanted

@@ -18,6 +18,8 @@ MESHES = {
     "rep2,dp2,tp2": {"optimizer__shard": "data", "remat": "selective"},
     "dp4": {"optimizer__shard": "data", "train__microbatches": 4},
     "fsdp2,tp4": {"remat": "dots"},
+    "pp2,dp2,tp2": {"remat": "selective"},
+    "pp2,fsdp2,tp2": {"optimizer__shard": "data"},
 }
 """Meshes of the default suite, each with other ways to cut the same computation."""
 
@@ -34,6 +36,9 @@ MORE = {
     "dp2,tp4": {"train__microbatches": 2, "optimizer__shard": "data", "remat": "selective"},
     "fsdp4,tp2": {"train__microbatches": 4},
     "rep2,dp2,fsdp2": {"train__microbatches": 2},
+    "pp2": {"pipeline__schedule": "gpipe"},
+    "pp2,dp4": {"pipeline__schedule": "zb", "optimizer__shard": "data"},
+    "pp2,tp4": {"remat": "full"},
 }
 """Meshes of the slow suite."""
 

@@ -1,0 +1,102 @@
+"""Gradients through a pipeline: the model cut into stages, for the engine in `parallel.pipeline`."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxlm.config.checks import pipeline_chunks, pipeline_microbatches
+from jaxlm.config.schema import RunConfig
+from jaxlm.models.build import Model
+from jaxlm.models.runtime import Runtime
+from jaxlm.parallel import pipeline
+from jaxlm.parallel.rules import Layout, cut_by
+from jaxlm.parallel.schedules import Table, build
+from jaxlm.train.loss import token_losses
+
+
+def table(config: RunConfig, layout: Layout) -> Table:
+    """The schedule of a run."""
+    sizes = {axis: layout.mesh.shape[axis] for axis in layout.mesh.axis_names}
+    microbatches = pipeline_microbatches(config, sizes["pipeline"], layout.axis_size("batch"))
+    return build(config.pipeline.schedule, sizes["pipeline"], microbatches, pipeline_chunks(config))
+
+
+def gradients(
+    model: Model,
+    params: Any,
+    batch: dict[str, jax.Array],
+    runtime: Runtime,
+    config: RunConfig,
+    *,
+    key: jax.Array | None,
+    share: jax.Array,
+    shardings: Any,
+) -> tuple[Any, jax.Array]:
+    """Float32 gradients of the loss sum times `share`, placed as `shardings`, and the loss sum.
+
+    Args:
+        batch: arrays [M, B / M, T].
+        key: of dropout, which each device folds its place into.
+    """
+    layout, plan = runtime.layout, table(config, runtime.layout)
+    mesh = layout.mesh
+    # An axis of one device would cost nothing as automatic, but all manual is the simpler program.
+    axes = tuple(axis for axis in mesh.axis_names if axis != "model" or mesh.shape[axis] == 1)
+    manual = frozenset(axes)
+    inner = replace(runtime, layout=layout.within(manual))
+    numbers = pipeline.layer_numbers(model.config.layers, plan.stages, plan.chunks)
+    automatic = frozenset(mesh.axis_names) - manual
+    held = jax.tree.map(lambda leaf, dims: layout.spec(dims, leaf.shape), params, model.dims)
+    wanted = jax.tree.map(lambda to, spec: pipeline.scattered(spec, to.spec, automatic), shardings, held)
+
+    def by_hand(specs: Any) -> Any:
+        return jax.tree.map(lambda spec: cut_by(spec, manual), specs)
+
+    def local(params: Any, batch: dict[str, jax.Array], share: jax.Array, key: jax.Array | None):
+        if key is not None:
+            for axis in layout.rules["batch"] + layout.rules["sequence"]:
+                key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+            batch = batch | {"microbatch": jnp.arange(plan.microbatches, dtype=jnp.int32)}
+        (chunks, shared), back = jax.vjp(lambda params: pipeline.cut_weights(params, held, numbers, automatic), params)
+        parts = _parts(model, shared | {"blocks": chunks}, inner, config, key, ragged=bool((numbers < 0).any()))
+        dchunks, dshared, total, _ = pipeline.gradients(plan, parts, chunks, shared, numbers, batch, share)
+        (grads,) = back(jax.tree.map(lambda g, w: g.astype(w.dtype), (dchunks, dshared), (chunks, shared)))
+        grads = pipeline.reduce_gradients(grads, held, wanted, [a for a in axes if mesh.shape[a] > 1], automatic)
+        return grads, jax.lax.psum(total, axes)
+
+    rows = cut_by(layout.spec((None, "batch", "sequence")), manual)
+    whole = PartitionSpec()
+    grads, total = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(by_hand(held), rows, whole, whole),
+        out_specs=(by_hand(wanted), whole),
+        axis_names=manual,
+        check_vma=False,
+    )(params, batch, share, key)
+    return jax.lax.with_sharding_constraint(grads, shardings), total
+
+
+def _parts(
+    model: Model, whole: Any, runtime: Runtime, config: RunConfig, key: jax.Array | None, *, ragged: bool
+) -> pipeline.Parts:
+    """The engine's view of `model`; of each part's weights, those of other parts are taken from `whole`, unused."""
+
+    def own_key(batch: dict[str, jax.Array]) -> jax.Array | None:
+        return None if key is None else jax.random.fold_in(key, batch["microbatch"])
+
+    def chunk(blocks, numbers, x, batch):
+        y = model.chunk(whole | {"blocks": blocks}, numbers, x, batch, runtime, ragged=ragged, key=own_key(batch))
+        return (y, jnp.zeros((), jnp.float32)), ()
+
+    def first(shared, batch):
+        return model.embed(whole | shared, batch, runtime, own_key(batch))
+
+    def last(shared, y, batch):
+        params = whole | shared
+        return token_losses(model, params, model.finish(params, y, runtime), batch, runtime, config)[0]
+
+    return pipeline.Parts(first=first, chunk=chunk, last=last)
