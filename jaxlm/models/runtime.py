@@ -37,9 +37,7 @@ class Runtime:
             value = value[self.pick]
         cast = jnp.dtype(dtype or self.dtype)
         if "embed" in dims and (axes := self.layout.manual_axes("embed")):
-            # Whose backward is the reduce-scatter.
-            gather = partial(jax.lax.all_gather, axis_name=axes, axis=dims.index("embed"), tiled=True)
-            return across(gather, value.astype(cast), self.layout.spec(dims))
+            return _gather_by_hand(self.layout, dims, axes, cast, value)
         return _gather(self.layout, dims, cast, value) if self._gathers(dims) else value.astype(cast)
 
     @property
@@ -62,6 +60,23 @@ def compute_dtype(config: PrecisionConfig, platform: str) -> jnp.dtype:
     if config.compute == "auto":
         return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
     return jnp.dtype(config.compute)
+
+
+def _gather_by_hand(layout: Layout, dims: Dims, axes: tuple[str, ...], dtype: jnp.dtype, value: jax.Array) -> jax.Array:
+    """As `_gather`, where fsdp is manual. What travels is in the compute dtype, what is summed in the parameter's."""
+    dim, spec = dims.index("embed"), layout.spec(dims)
+
+    @jax.custom_vjp
+    def gather(value: jax.Array) -> jax.Array:
+        run = partial(jax.lax.all_gather, axis_name=axes, axis=dim, tiled=True)
+        return across(run, value.astype(dtype), spec)
+
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        run = partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
+        return (across(run, gradient.astype(value.dtype), spec),)
+
+    gather.defvjp(lambda value: (gather(value), None), backward)
+    return gather(value)
 
 
 def _gather(layout: Layout, dims: Dims, dtype: jnp.dtype, value: jax.Array) -> jax.Array:
