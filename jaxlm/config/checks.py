@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 
+from jaxlm.config import effects
 from jaxlm.config.errors import UserError
 from jaxlm.config.load import items
 from jaxlm.config.mesh_spec import MeshSpec
@@ -53,15 +54,18 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 """What a number must be, in words and as a test -> the keys it holds for; the items of a list, where it is one."""
 
 
-def check(config: RunConfig, spec: MeshSpec) -> None:
+def check(config: RunConfig, spec: MeshSpec, announce: Callable[[str], None] = lambda line: None) -> None:
     """Raise UserError for the first thing in `config` that cannot work on the mesh `spec`.
 
     A size that is still to be inferred counts as 1, so that most mistakes show before any device is asked for.
+    `announce` is told of each key that is set, has no effect on this mesh and yet is no mistake.
     """
     spec = MeshSpec(sizes={axis: max(size, 1) for axis, size in spec.sizes.items()})
     one_run = (*_ranges(config), *_model(config.model), *_data(config), *_training(config))
-    for problem in (*one_run, *_pipeline(config, spec), *_mesh(config, spec)):
+    for problem in (*one_run, *effects.mistakes(config), *_pipeline(config, spec), *_mesh(config, spec)):
         raise UserError(problem)
+    for line in effects.idle(config, spec):
+        announce(line)
 
 
 def profile_window(steps: str) -> tuple[int, int]:
@@ -153,16 +157,6 @@ def _model(m: ModelConfig) -> Iterator[str]:
         yield (
             f"--model.head-size={head_size} is odd, and rotary positions turn pairs; "
             f"use --model.head-size={head_size + 1}"
-        )
-    if m.rope_scaling != "none" and m.positions != "rotary":
-        yield (
-            f"--model.rope-scaling={m.rope_scaling} has no effect with --model.positions={m.positions}; "
-            "use --model.positions=rotary or --model.rope-scaling=none"
-        )
-    if m.rope_factor != 1 and m.rope_scaling == "none":
-        yield (
-            f"--model.rope-factor={m.rope_factor:g} has no effect with --model.rope-scaling=none; "
-            "choose linear, llama3 or yarn"
         )
     if len(m.rope_frequencies) != 2 or m.rope_frequencies[0] >= m.rope_frequencies[1]:
         yield (

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from functools import cache
 from typing import Any, get_type_hints
 
+from jaxlm.config.effects import condition
 from jaxlm.config.errors import UserError
 from jaxlm.config.values import choices, is_section, noun, option, text
 
@@ -26,8 +27,8 @@ def render(cls: type, flags: Mapping[str, str], topic: str = "") -> str:
     blocks = []
     for title, key, kind, default, meaning in _entries(cls):
         if wanted in key:
-            body = meaning if "(default: " in meaning else f"{meaning} {default}".strip()
-            blocks.append((title, _usage(key, kind), body))
+            parts = (meaning, condition(key), "" if "(default: " in meaning else default)
+            blocks.append((title, _usage(key, kind), " ".join(part for part in parts if part)))
     if not blocks:
         raise UserError(f"--help={topic[:80]!r}: no key has that in its name; write --help for all")
     if not topic:

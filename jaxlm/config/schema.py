@@ -51,10 +51,10 @@ class ModelConfig:
     rope_factor: float = 1.0
     """Stretch of rope_scaling."""
     rope_original_length: int = 8192
-    """Context length before stretching (tokens; llama3 and yarn)."""
+    """Context length before stretching (tokens)."""
     rope_frequencies: tuple[float, ...] = (1.0, 4.0)
-    """Turns per original context below which a frequency is fully stretched, and above which it is left alone (llama3;
-    yarn calls them beta_slow and beta_fast)."""
+    """Turns per original context below which a frequency is fully stretched, and above which it is left alone (yarn
+    calls them beta_slow and beta_fast)."""
     qkv_bias: bool = True
     """Biases on the query, key and value projections."""
     output_bias: bool = True
@@ -148,11 +148,11 @@ class OptimizerConfig:
     decay_fraction: float = 0.2
     """Share of train.steps over which wsd decays."""
     final_fraction: float = 0.1
-    """Last learning rate over the peak (linear, cosine, wsd)."""
+    """Last learning rate over the peak."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices (never of norms, biases or position tables)."""
     beta1: float = 0.9
-    """First-moment decay; momentum for sgd and muon (not adafactor)."""
+    """First-moment decay; momentum for sgd and muon."""
     beta2: float = 0.95
     """Second-moment decay (adamw, muon's adamw); for lion, that of its momentum."""
     epsilon: float = 1e-8
@@ -196,7 +196,7 @@ class PipelineConfig:
     """Parts of a batch that are in the pipeline together, at least one a stage (default: 4, 2 or 1 a stage, the most
     that the batch divides by)."""
     chunks: int = 2
-    """Pieces of the model that each stage holds (interleaved)."""
+    """Pieces of the model that each stage holds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,8 +89,8 @@ class Corpus:
 class Corpora:
     """All corpora of a run; they share one tokenizer."""
 
-    def __init__(self, corpora: Sequence[Corpus]):
-        self.corpora = tuple(corpora)
+    def __init__(self, corpora: Sequence[Corpus], notes: Sequence[str] = ()):
+        self.corpora, self.notes = tuple(corpora), tuple(notes)
         self.tokenizer: Tokenizer = corpora[0].folder.tokenizer
 
     def tokens(self, split: SplitName) -> int:
@@ -111,8 +111,8 @@ class Corpora:
         return entropy(shares)
 
     def describe(self) -> str:
-        """A line for each corpus: its documents and tokens in each split."""
-        lines = []
+        """A line for each corpus: its documents and tokens in each split; and one for each key that had no effect."""
+        lines = [*self.notes]
         for corpus in self.corpora:
             parts = (f"{name} {len(s.documents):,} documents, {s.tokens:,} tokens" for name, s in _splits(corpus))
             lines.append(f"{corpus.name}: {'; '.join(parts)}")
@@ -137,7 +137,8 @@ def open_corpora(config: DataConfig) -> Corpora:
     names = [Path(path).name or path for path in config.path]
     names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
     weights: Sequence[float | None] = config.weights or [None] * len(folders)
-    return Corpora([_split(*entry, config.validation) for entry in zip(names, weights, folders, strict=True)])
+    corpora = [_split(*entry, config.validation) for entry in zip(names, weights, folders, strict=True)]
+    return Corpora(corpora, list(_without_effect(config)))
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -183,6 +184,17 @@ def _prepare_raw(config: DataConfig) -> list[TokenFolder]:
         output = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         opened[path] = TokenFolder(prepare(found, output, make, settings, text_key=config.text_key))
     return [opened[path] for path in config.path]
+
+
+def _without_effect(config: DataConfig) -> Iterator[str]:
+    """A line for each key that is set and that these corpora leave without effect: a recipe may name others."""
+    defaults, prepared = DataConfig(), [path for path in config.path if is_token_folder(path)]
+    if prepared and config.tokenizer == "bpe" and config.vocabulary != defaults.vocabulary:
+        yield f"--data.vocabulary={config.vocabulary} has no effect: {prepared[0]} brings its tokenizer"
+    if config.text_key != defaults.text_key:
+        raw = (source for path in config.path if path not in prepared for source in sources.find(path))
+        if all(source.format == "text" for source in raw):
+            yield f"--data.text-key={config.text_key} has no effect: no JSONL or Parquet is read here"
 
 
 def _split(name: str, weight: float | None, folder: TokenFolder, validation: float) -> Corpus:

@@ -40,6 +40,12 @@ class Source:
     def compressed(self) -> bool:
         return self.name.endswith((".gz", ".zst", ".parquet"))
 
+    @property
+    def format(self) -> str:
+        """jsonl, parquet or text."""
+        name = self.name.removesuffix(".gz").removesuffix(".zst")
+        return "parquet" if name.endswith(".parquet") else "jsonl" if name.endswith((".jsonl", ".ndjson")) else "text"
+
 
 def find(spec: str) -> list[Source]:
     """The files of the corpus `spec`: "stdlib", a file, or a folder (without hidden files), sorted by name."""
@@ -88,14 +94,13 @@ def _source(path: Path, name: str, alone: bool) -> Source:
 
 
 def _documents(source: Source, text_key: str, tally: Counter[str]) -> Iterator[str]:
-    name = source.name.removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(".parquet"):
+    if source.format == "parquet":
         yield from _parquet(source, text_key)
         return
     with source.path.open("rb") as file:
         try:
             stream = _decompressed(source, file)
-            if name.endswith((".jsonl", ".ndjson")):
+            if source.format == "jsonl":
                 yield from _jsonl(source, io.TextIOWrapper(stream, "utf-8", errors="replace", newline="\n"), text_key)
             elif b"\0" in stream.peek(4096)[:4096]:
                 if source.alone:

@@ -48,7 +48,7 @@ def run(config: RunConfig) -> None:
     mesh, spec = meshes.build(
         parse(config.mesh), simulate=config.simulate, distributed=config.distributed, announce=leader.say
     )
-    check(config, spec)
+    check(config, spec, leader.say)
     folder = check_run_folder(config, leader.say)
     with alone(folder, leader.say):
         _run(config, mesh, str(spec), folder)

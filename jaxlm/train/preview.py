@@ -28,7 +28,7 @@ def preview(config: RunConfig, *, full: bool) -> None:
     mesh, spec = meshes.build(
         parse(config.mesh), simulate=config.simulate, distributed=config.distributed, announce=console.print
     )
-    check(config, spec)
+    check(config, spec, console.print)
     vocabulary = None
     if config.model.vocabulary is None:
         vocabulary = open_corpora(config.data).tokenizer.vocabulary_size

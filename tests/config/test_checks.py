@@ -51,7 +51,7 @@ def test_what_works(argv):
         (["--model.embed=130"], ["--model.embed=130", "--model.heads=4", "use --model.embed=128"]),
         (["--model.kv-heads=3"], ["--model.kv-heads=3", "use --model.kv-heads="]),
         (["--model.positions=rotary", "--model.head-size=33"], ["33 is odd", "34"]),
-        (["--model.rope-scaling=linear"], ["no effect", "--model.positions=rotary"]),
+        (["--model.rope-scaling=linear"], ["no effect", "set --model.positions to rotary"]),
         (["--model.positions=rotary", "--model.rope-factor=8"], ["no effect", "linear, llama3 or yarn"]),
         (["--model.rope-frequencies=9,4"], ["below"]),
         (["--model.rope-frequencies=1"], ["two"]),

@@ -126,3 +126,19 @@ def test_prepared_folders_bring_their_tokenizer(prepared, tmp_path, texts):
 def test_mistakes_are_named(config, changes, complaint):
     with pytest.raises(UserError, match=complaint):
         open_corpora(config(**changes))
+
+
+def test_keys_that_these_corpora_leave_without_effect_are_said(tmp_path, texts):
+    raw = write(tmp_path / "raw.jsonl", texts)
+    prepared = str(prepare_folder(sources.find(raw), tmp_path / "prepared", tokenizer.Bytes, {}))
+    (tmp_path / "plain.txt").write_text("\n".join(texts))
+    plain = {"cache": str(tmp_path), "tokenizer": "bytes"}
+
+    def notes(**keys):
+        return open_corpora(DataConfig(**plain | keys)).notes
+
+    assert notes(path=(raw,)) == notes(path=(raw,), text_key="text") == ()
+    assert "--data.text-key=body has no effect" in notes(path=(str(tmp_path / "plain.txt"),), text_key="body")[0]
+    found = open_corpora(DataConfig(path=(prepared,), vocabulary=300, text_key="body", cache=str(tmp_path)))
+    assert [line.split("=")[0] for line in found.notes] == ["--data.vocabulary", "--data.text-key"]
+    assert found.describe().startswith(found.notes[0])

@@ -285,7 +285,9 @@ def test_mistakes_end_in_one_line(corpus: Path, tmp_path: Path) -> None:
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         assert found.returncode == 2, (text, found)
-        assert len(found.stderr.splitlines()) == 1 and text in found.stderr, found.stderr
+        *before, line = found.stderr.splitlines()
+        assert line.startswith("error: ") and text in line, found.stderr
+        assert all(said.startswith("preparing ") for said in before), found.stderr
 
 
 def test_the_preview_of_a_large_recipe_needs_no_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
