@@ -2,25 +2,24 @@
 
 import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.parallel import hlo as programs
+from jaxlm.parallel.hlo import Computation, Instruction, Program
 from jaxlm.parallel.rules import FLAG
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 """Bytes of an element where they are not 4 (or, of eight-bit floats, 1)."""
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(")
+WORK = ("fusion", "dot", "convolution", "custom-call", "while", "call", "conditional", "scatter", "gather", "reduce")
+"""Operations beside which a collective is under way at no cost, if it started before them and ends after."""
+
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"\b(?:to_apply|body|condition|calls|true_computation|false_computation|branch_computations|called_computations)="
-    r"(?:%?([\w.\-]+)|\{([^}]*)\})"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,97 +32,130 @@ class Collective:
     """Executions on one device; those inside a loop counted as often as it turns."""
     bytes: int
     """Bytes of their results on one device, summed over the executions."""
+    overlapped: int = 0
+    """Of the executions, those that the compiler scheduled beside other work, rather than wait for them."""
 
 
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
     """Read the collectives of `hlo` (`compiled.as_text()`), largest first.
 
-    A loop whose trip count XLA does not state is counted once, and a branch as if it were always taken.
+    A loop whose trip count XLA does not state and its condition does not show is counted once, and a branch as if it
+    were always taken.
     """
-    runs = _executions(hlo)
-    total: dict[tuple[str, str], tuple[int, int]] = {}
-    for computation, line in _lines(hlo):
-        match = _INSTRUCTION.match(line)
-        if not match:
-            continue
-        kind = match[2].removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        times = runs.get(computation, 1)
-        key = (kind, _axes(line, mesh))
-        count, size = total.get(key, (0, 0))
-        total[key] = (count + times, size + times * _result_bytes(match[1], match[2]))
-    rows = [Collective(kind=k, axes=a, count=c, bytes=b) for (k, a), (c, b) in total.items()]
+    program = programs.parse(hlo)
+    total: dict[tuple[str, str], tuple[int, int, int]] = {}
+    for times, found in _all(program):
+        key = (found.kind, _axes(found.groups, mesh))
+        count, size, beside = total.get(key, (0, 0, 0))
+        size += times * sum(_array_bytes(found.result))
+        total[key] = (count + times, size, beside + times * found.overlapped)
+    rows = [Collective(kind=k, axes=a, count=c, bytes=b, overlapped=o) for (k, a), (c, b, o) in total.items()]
     return sorted(rows, key=lambda row: -row.bytes)
 
 
 def axes_in_branches(hlo: str, mesh: Mesh) -> set[str]:
     """The mesh axes of all collectives that stand in a branch: each group must take the same branch, or it hangs."""
-    calls: dict[str, set[str]] = {}
-    reached: list[str] = []
-    for computation, line in _lines(hlo):
-        called = {n.strip() for one, more in _CALLED.findall(line) for n in (one or more).replace("%", "").split(",")}
-        calls.setdefault(computation, set()).update(called)
-        if " conditional(" in line:
-            reached.extend(called)
-    inside: set[str] = set()
+    program = programs.parse(hlo)
+    everything = [i for computation in program.computations.values() for i in computation.instructions.values()]
+    reached = [
+        name for instruction in everything if instruction.opcode == "conditional" for name in instruction.called()
+    ]
+    inside: dict[str, list[Instruction]] = {}
     while reached:
         name = reached.pop()
         if name not in inside:
-            inside.add(name)
-            reached.extend(calls.get(name, ()))
-    found = set()
-    for computation, line in _lines(hlo):
-        match = _INSTRUCTION.match(line)
-        if computation in inside and match and match[2].removesuffix("-start") in KINDS:
-            found.add(_axes(line, mesh))
-    return found
+            inside[name] = list(program.computations.get(name, Computation()).instructions.values())
+            reached.extend(other for instruction in inside[name] for other in instruction.called())
+    found = [i for instructions in inside.values() for i in instructions if i.opcode.removesuffix("-start") in KINDS]
+    return {_axes(instruction.rest, mesh) for instruction in found}
 
 
-def _lines(hlo: str):
-    """Each instruction line with the computation it stands in."""
-    computation = ""
-    for line in hlo.splitlines():
-        header = _COMPUTATION.match(line)
-        if header and " = " not in line.split("{")[0]:
-            computation = header[1]
-        else:
-            yield computation, line
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """One collective instruction, or the several that make up an asynchronous one."""
+
+    kind: str
+    result: str
+    groups: str
+    """What the instruction says of who talks to whom."""
+    overlapped: bool = False
 
 
-def _executions(hlo: str) -> dict[str, int]:
-    """How often each computation runs in one execution of the program."""
-    calls: dict[str, list[tuple[str, int]]] = {}
-    entry = ""
-    for line in hlo.splitlines():
-        if line.startswith("ENTRY"):
-            entry = _COMPUTATION.match(line)[1]  # type: ignore[index]
-    for computation, line in _lines(hlo):
-        trips = _TRIPS.search(line)
-        times = int(trips[1]) if trips and " while(" in line else 1
-        for one, several in _CALLED.findall(line):
-            for name in (one or several).replace("%", "").split(","):
-                calls.setdefault(computation, []).append((name.strip(), times))
-    runs: dict[str, int] = {}
-
-    def visit(name: str, times: int) -> None:
-        runs[name] = runs.get(name, 0) + times
-        for called, turns in calls.get(name, ()):
-            visit(called, times * turns)
-
-    visit(entry, 1)
-    return runs
+def _all(program: Program) -> Iterator[tuple[int, _Found]]:
+    """Each collective with the number of its executions."""
+    runs = program.executions()
+    fused = {
+        name
+        for computation in program.computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode == "fusion"
+        for name in instruction.called("calls")
+    }
+    for name, computation in program.computations.items():
+        if name not in fused:
+            for found in (*_written_out(computation), *_in_fusions(program, computation)):
+                yield runs.get(name, 1), found
 
 
-def _result_bytes(result: str, opcode: str) -> int:
-    arrays = [
+def _written_out(computation: Computation) -> Iterator[_Found]:
+    """Collectives that are instructions of their own: one, or a start and a done."""
+    order = list(computation.instructions.values())
+    for position, instruction in enumerate(order):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        result, overlapped = instruction.result, False
+        if instruction.opcode != kind:
+            # A start's own result holds operands and contexts too, in an order that differs by kind.
+            for end in range(position + 1, len(order)):
+                if order[end].opcode == f"{kind}-done" and instruction.name in order[end].operands:
+                    result = order[end].result
+                    overlapped = any(other.opcode in WORK for other in order[position:end])
+                    break
+        yield _Found(kind=kind, result=result, groups=instruction.rest, overlapped=overlapped)
+
+
+def _in_fusions(program: Program, computation: Computation) -> Iterator[_Found]:
+    """Collectives that TPU's compiler writes as fusions.
+
+    A reduce-scatter is a fusion that reduces and slices. An asynchronous collective is a chain of fusions: one that
+    starts it, some that carry it on while they compute, one that ends it. Each holds the collective again.
+    """
+    found: list[_Found] = []
+    chains: dict[str, int] = {}
+    for fusion in computation.instructions.values():
+        if fusion.opcode == "get-tuple-element" and fusion.operands[0] in chains:
+            chains[fusion.name] = chains[fusion.operands[0]]
+        if fusion.opcode != "fusion":
+            continue
+        (name,) = fusion.called("calls")
+        computes = name.startswith("async_collective_fusion")
+        before = [chains[operand] for operand in fusion.operands if operand in chains]
+        for link in before:
+            chains[fusion.name] = link
+            found[link] = replace(found[link], overlapped=found[link].overlapped or computes)
+        for inner in () if before else _fused(program, name):
+            scatters = name.startswith("all-reduce-scatter")
+            kind, result = ("reduce-scatter", fusion.result) if scatters else (inner.opcode, inner.result)
+            chains[fusion.name] = len(found)
+            found.append(_Found(kind=kind, result=result, groups=inner.rest, overlapped=computes))
+    yield from found
+
+
+def _fused(program: Program, name: str) -> Iterator[Instruction]:
+    """Collectives of a fusion's computation, and of fusions within it."""
+    for instruction in program.computations.get(name, Computation()).instructions.values():
+        if instruction.opcode in KINDS:
+            yield instruction
+        elif instruction.opcode == "fusion":
+            yield from _fused(program, instruction.called("calls")[0])
+
+
+def _array_bytes(result: str) -> list[int]:
+    return [
         int(np.prod([int(n) for n in shape.split(",") if n], dtype=np.int64)) * _element_bytes(dtype)
         for dtype, shape in _ARRAY.findall(result)
     ]
-    # What the start of an asynchronous collective returns beside its results differs: operands, operands and contexts.
-    if opcode == "collective-permute-start":
-        return arrays[1]
-    return sum(arrays[len(arrays) // 2 :]) if opcode == "all-gather-start" else sum(arrays)
 
 
 def _element_bytes(dtype: str) -> int:

@@ -1,7 +1,9 @@
 """What `--explain` reads from compiled programs: small ones whose collectives are known, HLO text, the train step."""
 
 import dataclasses
+import re
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ def found(function, mesh, in_spec, out_spec, *shape: int) -> list[tuple]:
     """(kind, axes, count, bytes) of `function` under shard_map on one float32 array of ones."""
     mapped = jax.shard_map(function, mesh=mesh, in_specs=in_spec, out_specs=out_spec, check_vma=False)
     compiled = jax.jit(mapped).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
-    return [dataclasses.astuple(c) for c in collectives(compiled.as_text(), mesh)]
+    return [(c.kind, c.axes, c.count, c.bytes) for c in collectives(compiled.as_text(), mesh)]
 
 
 MESH = "dp2,fsdp2,tp2"
@@ -151,26 +153,131 @@ def test_every_way_to_write_groups(groups, axes):
 
 
 @pytest.mark.parametrize(
-    "line, size",
+    "line, done, size",
     [
-        ("(f32[1]{0}, f32[8]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8], dimensions={0}", 32),
-        ("((bf16[1], f32[2]), (bf16[8], f32[16])) all-gather-start(%p, %q), replica_groups=[1,8]<=[8]", 16 + 64),
-        ("(f32[4]{0}, f32[6]{0}) all-reduce-start(%p, %q), replica_groups={}, to_apply=%add", 40),
-        ("f32[4]{0} all-reduce-start(%p), replica_groups={}, to_apply=%add", 16),
+        ("(f32[1]{0}, f32[8]{0}) all-gather-start(%p), replica_groups=[1,8]<=[8], dimensions={0}", "f32[8]", 32),
+        (
+            "((bf16[1], f32[2]), (bf16[8], f32[16])) all-gather-start(%p, %q), replica_groups=[1,8]<=[8]",
+            "(bf16[8], f32[16])",
+            16 + 64,
+        ),
+        ("((f32[64]), f32[8]) reduce-scatter-start(%p), replica_groups=[1,8]<=[8], to_apply=%add", "f32[8]", 32),
+        (
+            "(f32[4]{0}, f32[6]{0}) all-reduce-start(%p, %q), replica_groups={}, to_apply=%add",
+            "(f32[4]{0}, f32[6]{0})",
+            40,
+        ),
+        ("f32[4]{0} all-reduce-start(%p), replica_groups={}, to_apply=%add", "f32[4]", 16),
         (
             "(f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%p), "
             "source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}",
+            "f32[8]",
             32,
         ),
-        ("(f32[4]{0}, /*index=1*/pred[3]{0}) all-to-all(%p, %q), replica_groups={}", 19),
-        ("f32[8,128]{1,0:T(8,128)S(1)} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}", 4096),
-        ("f8e4m3fn[8]{0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}", 8),
+        ("(f32[4]{0}, /*index=1*/pred[3]{0}) all-to-all(%p, %q), replica_groups={}", None, 19),
+        ("f32[8,128]{1,0:T(8,128)S(1)} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}", None, 4096),
+        ("f8e4m3fn[8]{0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}", None, 8),
     ],
 )
-def test_results_of_every_form(line, size):
-    done = "%d = f32[8]{0} all-gather-done(%s)"  # the other half of an asynchronous one is not another collective
-    (row,) = collectives(hlo(f"%s = {line}", done), mesh_of("dp8"))
-    assert (row.axes, row.count, row.bytes) == ("dp", 1, size)
+def test_results_of_every_form(line, done, size):
+    lines = [f"%s = {line}"]
+    if done:  # the other half of an asynchronous one is not another collective
+        kind = re.search(r" ([a-z-]+)-start", line)[1]
+        lines.append(f"%d = {done} {kind}-done(%s)")
+    (row,) = collectives(hlo(*lines), mesh_of("dp8"))
+    assert (row.axes, row.count, row.bytes, row.overlapped) == ("dp", 1, size, 0)
+
+
+@pytest.mark.parametrize(
+    "between, overlapped",
+    [
+        ((), 0),
+        (("%g = f32[8]{0} bitcast(%p)", "%t = (f32[8]{0}) tuple(%g)"), 0),
+        (('%w = f32[8]{0} custom-call(%p), custom_call_target="gemm"',), 1),
+    ],
+)
+def test_overlapped_is_what_has_work_between_start_and_done(between, overlapped):
+    start = "%s = f32[8]{0} all-reduce-start(%p), replica_groups={}, to_apply=%add"
+    after = '%after = f32[8]{0} custom-call(%d), custom_call_target="gemm"'
+    (row,) = collectives(hlo(start, *between, "%d = f32[8]{0} all-reduce-done(%s)", after), mesh_of("dp8"))
+    assert row.overlapped == overlapped
+
+
+MB = 2**20
+FSDP = {("all-gather", "fsdp", 1, 2 * MB, 0), ("reduce-scatter", "fsdp", 1, MB // 2, 0)}
+
+
+@pytest.mark.parametrize(
+    "file, mesh, wanted",
+    [
+        ("tpu_reduce_scatter", "fsdp4,tp2", FSDP),
+        ("gpu_reduce_scatter", "fsdp4,tp2", FSDP),
+        (
+            "tpu_asynchronous",
+            MESH,
+            {
+                ("all-gather", "fsdp", 5, 10 * MB, 5),
+                ("all-reduce", "tp", 5, 10 * MB, 0),
+                ("collective-permute", "dp", 5, 10 * MB, 0),
+                ("all-reduce", "fsdp", 5, 10 * MB, 0),
+                ("all-reduce", "dp+fsdp", 1, 4, 0),
+            },
+        ),
+        (
+            "gpu_loop",
+            MESH,
+            {
+                ("all-gather", "fsdp", 5, 10 * MB, 5),
+                ("all-reduce", "tp", 5, 10 * MB, 0),
+                ("collective-permute", "dp", 5, 10 * MB, 0),
+                ("all-reduce", "fsdp", 5, 10 * MB, 5),
+                ("all-reduce", "dp+fsdp", 1, 4, 0),
+            },
+        ),
+    ],
+)
+def test_programs_of_other_compilers(file, mesh, wanted):
+    """Compiled for TPU v5p and H100: loops without a stated trip count, reduce-scatters and asynchronous collectives
+    written as fusions, starts whose results hold operands too."""
+    text = (Path(__file__).with_name("hlo") / f"{file}.txt").read_text()
+    assert {dataclasses.astuple(row) for row in collectives(text, mesh_of(mesh))} == wanted
+
+
+LOOP = """HloModule m
+%condition (c: (s32[], f32[8])) -> pred[] {{
+  %c = (s32[], f32[8]{{0}}) parameter(0)
+  %limit = s32[] constant({limit})
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction={direction}
+}}
+%body (b: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %b = (s32[], f32[8]{{0}}) parameter(0)
+  %j = s32[] get-tuple-element(%b), index=0
+  %one = s32[] constant({step})
+  %next = s32[] add(%j, %one)
+  %x = f32[8]{{0}} get-tuple-element(%b), index=1
+  %r = f32[8]{{0}} all-reduce(%x), replica_groups={{}}, to_apply=%add
+  ROOT %carried = (s32[], f32[8]{{0}}) tuple(%next, %r)
+}}
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  %start = s32[] constant({start})
+  %copied = s32[] copy(%start)
+  %first = (s32[], f32[8]{{0}}) tuple(%copied, %p)
+  %loop = (s32[], f32[8]{{0}}) while(%first), condition=%condition, body=%body
+  ROOT %out = f32[8]{{0}} get-tuple-element(%loop), index=1
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "limit, start, step, direction, turns",
+    [(7, 0, 1, "LT", 7), (7, 2, 1, "LT", 5), (7, 0, 2, "LT", 4), (7, 0, 1, "NE", 1)],
+)
+def test_turns_of_a_loop_are_read_from_its_condition(limit, start, step, direction, turns):
+    text = LOOP.format(limit=limit, start=start, step=step, direction=direction)
+    (row,) = collectives(text, mesh_of("dp8"))
+    assert row.count == turns
 
 
 @cache
