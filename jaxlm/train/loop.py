@@ -65,10 +65,6 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
     assembly = assemble(config, mesh, corpora.tokenizer.vocabulary_size, say)
     with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every) as store:
         start = resume.begin(assembly, store, resume.choose(store, config.resume, say))
-        if first:
-            # Never half a file: a kill or a full disk here must not make the folder one that cannot be continued.
-            write_atomically(folder / "config.yaml", dump(config))
-            corpora.tokenizer.save(folder / "tokenizer")
         events = Events(folder, write=first)
         tracker = Tracker(
             folder,
@@ -115,11 +111,11 @@ class Run:
         """From `start` to the last step, then the final save, evaluation and sample."""
         config, progress = self.config, self.progress
         state, self.position, self.seen_tokens = start.state, start.position, start.seen_tokens
-        self.events.record("resume" if start.step else "start", step=start.step, mesh=self.mesh)
         if start.step:
             progress.say(f"continuing from step {start.step}, {self.position:,} samples in, on mesh {self.mesh}")
         if start.step >= config.train.steps:
             progress.say(f"{start.step} steps are done, --train.steps={config.train.steps}; raise it to go on")
+            self._claim(start.step)
             if not self._ended(start.step):  # stopped after the last save, before the rest of the end
                 self._close(state, start.step)
             return
@@ -128,9 +124,19 @@ class Run:
         began = time.perf_counter()
         compiled = self.assembly.compile()
         progress.say(f"compiled in {time.perf_counter() - began:.1f} s; {self.meter.formula}")
+        self._claim(start.step)
         with StopRequest() as stop:
             state = self._steps(compiled, state, start.step, stop)
             self._finish(state)
+
+    def _claim(self, step: int) -> None:
+        """Make the folder this run's, once nothing but training can fail: a mistake that shows only while compiling
+        must not leave a folder that refuses the corrected command."""
+        if jax.process_index() == 0:
+            # Never half a file: a kill or a full disk here must not make the folder one that cannot be continued.
+            write_atomically(self.folder / "config.yaml", dump(self.config))
+            self.corpora.tokenizer.save(self.folder / "tokenizer")
+        self.events.record("resume" if step else "start", step=step, mesh=self.mesh)
 
     def _steps(self, compiled: Step, state: State, step: int, stop: StopRequest) -> State:
         """Dispatch step after step. A step's metrics are read once the next one is under way, never sooner."""

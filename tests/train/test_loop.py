@@ -300,6 +300,21 @@ def test_the_preview_of_a_large_recipe_needs_no_data(capsys: pytest.CaptureFixtu
     assert (tmp_path / "sharding.png").stat().st_size > 10_000
 
 
+def test_a_run_that_does_not_compile_leaves_the_folder_to_the_next(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    def fails(self):
+        raise UserError("cannot be sharded")
+
+    quick = {"train__steps": 2, "eval__every": 0, "eval__sample_tokens": 0}
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be sharded"):
+        patch.setattr(Assembly, "compile", fails)
+        train(corpus, tmp_path, model__embed=64, **quick)
+    assert not list(tmp_path.glob("*.yaml")) and not read(tmp_path / "events.jsonl")
+    train(corpus, tmp_path, **quick)
+    with pytest.raises(UserError, match="model.embed=32"):
+        train(corpus, tmp_path, model__embed=64, **quick)
+    assert [event["event"] for event in read(tmp_path / "events.jsonl")][0] == "start"
+
+
 def test_an_end_that_was_cut_short_is_written_the_next_time(corpus: Path, tmp_path: Path) -> None:
     train(corpus, tmp_path, train__steps=4)
     (tmp_path / "samples.txt").unlink()
