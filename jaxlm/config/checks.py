@@ -119,11 +119,12 @@ def _pipeline(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
             f"--pipeline.microbatches={config.pipeline.microbatches} is fewer than pp {stages}: stages would stay "
             f"empty; use --pipeline.microbatches={stages} or more"
         )
-    ways = spec.sizes["fsdp"] * stages
-    if config.model.embed % ways:
+    ways, m = spec.sizes["fsdp"] * stages, config.model
+    if m.embed % ways:
+        near = _nearest_multiple(m.embed, math.lcm(ways, 1 if m.head_size else m.heads))
         yield (
-            f"--model.embed={config.model.embed} does not divide by fsdp {spec.sizes['fsdp']} x pp {stages} = {ways}, "
-            f"by which evaluation cuts parameters; use --model.embed={_nearest_multiple(config.model.embed, ways)}"
+            f"--model.embed={m.embed} does not divide by fsdp {spec.sizes['fsdp']} x pp {stages} = {ways}, "
+            f"by which evaluation cuts parameters; use --model.embed={near}"
         )
 
 

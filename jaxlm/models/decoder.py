@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config.schema import ModelConfig
@@ -16,7 +17,7 @@ from jaxlm.models.block import Block, Tokens, head_size, kv_heads
 from jaxlm.models.layers import Linear, Norm, dropout, normal, parameter
 from jaxlm.models.runtime import Runtime
 from jaxlm.models.stack import run_chunk, run_stack
-from jaxlm.parallel.rules import Layout
+from jaxlm.parallel.rules import axes_of
 
 Cache = dict[str, Any]
 """k, v [L, B, S, K, H]; positions, segments [B, S] (segment -1: empty); length, the slots used."""
@@ -27,6 +28,31 @@ class Embedding(nnx.Module):
 
     def __init__(self, rngs, rows: int, embed: int, dim: str | None):
         self.embedding = parameter(rngs, (rows, embed), (dim, "embed"), normal(0.02))
+
+    def __call__(self, rows_BT: Int[Array, "B T"], runtime: Runtime) -> Float[Array, "B T D"]:
+        table_RD, layout = runtime.use(self.embedding), runtime.layout
+        spec = layout.spec(self.embedding.get_metadata()["dims"])
+        cut = axes_of(spec, 0)
+        if not layout.manual or not cut:
+            return table_RD[rows_BT]
+        # Within a shard_map that left `tp` automatic, XLA aborts on a gather along a dim cut by it (in all versions so
+        # far). By hand: each device looks up the rows it has, and the others' are zeros (Megatron-LM).
+        total = jnp.float32 if runtime.platform == "cpu" else table_RD.dtype  # XLA:CPU aborts on a sum of bfloat16
+
+        def local(table_RD: jax.Array, rows_BT: jax.Array) -> jax.Array:
+            own_BT = rows_BT - jax.lax.axis_index(cut) * table_RD.shape[0]
+            has_BT = (own_BT >= 0) & (own_BT < table_RD.shape[0])
+            x_BTD = jnp.where(has_BT[..., None], table_RD[jnp.where(has_BT, own_BT, 0)], 0)
+            return jax.lax.psum(x_BTD.astype(total), cut).astype(x_BTD.dtype)
+
+        return jax.shard_map(
+            local,
+            mesh=jax.sharding.get_abstract_mesh(),
+            in_specs=(spec, PartitionSpec()),
+            out_specs=PartitionSpec(),
+            axis_names=frozenset(cut),
+            check_vma=False,
+        )(table_RD, rows_BT)
 
 
 class Decoder(nnx.Module):
@@ -77,11 +103,11 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """What the first block reads."""
         config, layout = self.config, runtime.layout
-        x = lookup_table(runtime.use(self.tokens.embedding), layout)[tokens_BT]
+        x = self.tokens(tokens_BT, runtime)
         if config.embed_scale:
             x = x * jnp.asarray(math.sqrt(config.embed), x.dtype)
         if config.positions == "learned":
-            x = x + runtime.use(self.positions.embedding)[positions_BT]
+            x = x + self.positions(positions_BT, runtime)
         x = dropout(x, config.dropout, None if key is None else jax.random.fold_in(key, config.layers))
         return layout.constrain(x, "batch", "sequence", None)
 
@@ -105,18 +131,6 @@ class Decoder(nnx.Module):
         if self.config.tied:
             return runtime.use(self.tokens.embedding), True
         return runtime.use(self.head.kernel), False
-
-
-def lookup_table(table_VD: Float[Array, "V D"], layout: Layout) -> Float[Array, "V D"]:
-    """An embedding table as tokens are looked up in it.
-
-    Within a shard_map that left `tp` automatic, XLA aborts on a gather along a dim cut by it (in all versions so far):
-    there the table is cut by columns.
-    """
-    if not layout.manual or layout.axis_size("vocab") == 1:
-        return table_VD
-    columns = "columns" if table_VD.shape[1] % layout.axis_size("columns") == 0 else None
-    return layout.constrain(table_VD, None, columns)
 
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> Cache:

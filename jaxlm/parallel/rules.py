@@ -21,12 +21,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("model",),
     "mlp": ("model",),
     "vocab": ("model",),
-    "columns": ("model",),
     "layers": ("pipeline",),
     "experts": ("expert",),
 }
-"""Logical dim -> the mesh axes it is split over. `embed` is of parameters: activations keep it whole. `columns` are
-those of a table that may not be cut by rows."""
+"""Logical dim -> the mesh axes it is split over. `embed` is of parameters: activations keep it whole."""
 
 FLAG = {mesh_axis: axis for axis, mesh_axis in AXES.items()}
 """Mesh axis -> its name on the command line."""
