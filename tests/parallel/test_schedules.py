@@ -1,6 +1,7 @@
 """Pipeline schedules: every table that is built is valid, and nothing that is not valid passes as such."""
 
-import itertools
+import io
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,10 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from jaxlm.config.errors import UserError
 from jaxlm.parallel.schedules import Table, build, forward, validate
+from jaxlm.parallel.schedules.__main__ import main
+from jaxlm.parallel.schedules.draw import cells as draw_cells
+from jaxlm.parallel.schedules.draw import colour, ink, picture
 from jaxlm.parallel.schedules.order import ORDERS, interleaved
+from jaxlm.parallel.schedules.simulate import Costs, simulate
 from jaxlm.parallel.schedules.table import ROWS
 from jaxlm.parallel.schedules.validate import KINDS
 
@@ -84,13 +90,9 @@ def computed(table: Table, weights: np.ndarray, inputs: np.ndarray) -> np.ndarra
     p, last, gradients = table.stages, table.virtual - 1, np.zeros_like(weights)
     activations = np.full((p, table.activation_slots + 1), 7)
     cotangents = np.full((p, table.cotangent_slots + 1), 11)
-    for tick in range(table.ticks):
+    for tick, actions in enumerate(table.actions()):
         ys, dxs = np.full(p, 13), np.full(p, 17)
-        for kind, s in itertools.product("fbw", range(p)):
-            action = table.action(kind, tick, s)
-            if action is None:
-                continue
-            i, j, slot, cotangent_slot = action
+        for s, kind, i, j, slot, cotangent_slot in actions:
             x = inputs[i] if j == 0 else activations[s, slot]
             y = weights[j] * x
             dy = y if j == last else cotangents[s, cotangent_slot]
@@ -163,6 +165,7 @@ def broken(schedule: str, **entries: tuple[int, int, int]) -> Table:
         (replace(build("gpipe", 2, 3), name="ours"), "schedule 'ours' is none of"),
         (replace(build("gpipe", 2, 3), name="zb"), "cotangent slot 0 is overwritten, but holds microbatch 0"),
         (replace(build("1f1b", 1, 3), microbatches=4), "^forward of microbatch 3 on virtual stage 0 is missing"),
+        (replace(build("1f1b", 1, 3), microbatches=0), "1 stages, 1 chunks, 0 microbatches: 1 or more each"),
         (replace(build("gpipe", 2, 3), activation_slots=4), "activation_slots is 4, but 3 are used"),
     ],
 )
@@ -171,7 +174,17 @@ def test_validate_says_what_is_wrong(table, message):
         validate(table)
 
 
-@given(stages, st.integers(0, 20))
+def test_validate_wants_the_form_and_no_idle_end():
+    table = build("1f1b", 2, 3)
+    longer = {name: np.pad(getattr(table, name), ((0, 1), (0, 0)), constant_values=-1) for name in ROWS}
+    with pytest.raises(ValueError, match="tick 5, the last, is empty"):
+        validate(replace(table, **longer))
+    object.__setattr__(table, "b_slot", longer["b_slot"])  # the class itself would refuse it where types are checked
+    with pytest.raises(ValueError, match=r"b_slot is int32\[6, 2\], not int32\[5, 2\]"):
+        validate(table)
+
+
+@given(stages, st.integers(0, 10))
 def test_one_f_one_b(p, more):
     """The stash does not depend on the microbatches; the first stage has none, the second the most."""
     table = build("1f1b", p, p + more)
@@ -180,7 +193,7 @@ def test_one_f_one_b(p, more):
     assert table.cotangent_slots == (p > 1)
 
 
-@given(stages, st.integers(0, 20))
+@given(stages, st.integers(0, 10))
 def test_gpipe(p, more):
     table = build("gpipe", p, p + more)
     assert table.ticks == 2 * (p + more + p - 1)
@@ -189,7 +202,7 @@ def test_gpipe(p, more):
     assert np.argwhere(forward)[:, 0].max() < np.argwhere(backward)[:, 0].min()
 
 
-@given(stages, st.integers(0, 20))
+@given(stages, st.integers(0, 10))
 def test_zb(p, more):
     """Every stage makes the weight gradients of a microbatch in one tick, and the stash is that of 1f1b but for one."""
     m = p + more
@@ -214,7 +227,7 @@ def test_interleaved_in_whole_groups(p, groups, v):
     assert table.chunks == v
 
 
-@given(stages, st.integers(0, 30), st.integers(2, 4))
+@given(stages, st.integers(0, 15), st.integers(2, 4))
 def test_interleaved_stash_does_not_grow(p, more, v):
     """Also where the microbatches are no multiple of the stages: the largest group is below twice the stages."""
     table = build("interleaved", p, p + more, v)
@@ -223,7 +236,7 @@ def test_interleaved_stash_does_not_grow(p, more, v):
     assert table.ticks <= build("interleaved", p, whole, v).ticks
 
 
-@given(stages, st.integers(1, 30), st.integers(1, 4))
+@given(stages, st.integers(1, 15), st.integers(1, 4))
 def test_forward(p, m, v):
     """No stage waits for anything but the pipeline to fill, and for the first microbatch to come round the ring."""
     table = forward(p, m, v)
@@ -255,6 +268,155 @@ def test_tables_cannot_change():
 
 
 def test_schedules_need_no_jax():
-    code = "import sys, jaxlm.parallel.schedules.build; print('jax' in sys.modules)"
+    code = (
+        "import sys, jaxlm.parallel.schedules.__main__; print([m for m in ('jax', 'matplotlib') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    assert result.stdout.strip() == "[]"
+
+
+prices = st.builds(
+    lambda f, b, i, w: Costs(forward=f, backward=b, input_backward=i, weights=w),
+    *[st.sampled_from([1.0, 1.5, 2.0, 3.0])] * 4,
+)
+
+
+@given(stages, st.integers(0, 10), prices)
+def test_time_of_gpipe_and_1f1b(p, more, costs):
+    """The same bubble, (p - 1) / (m + p - 1), whatever the costs; stages that wait for less win nothing."""
+    m = p + more
+    for schedule in ("gpipe", "1f1b"):
+        simulation = simulate(build(schedule, p, m), costs)
+        one = costs.forward + costs.backward
+        assert simulation.busy == pytest.approx((m * one,) * p)
+        assert simulation.time == simulation.loose_time == pytest.approx((m + p - 1) * one)
+        assert simulation.bubble == pytest.approx((p - 1) / (m + p - 1))
+
+
+@given(stages, st.integers(1, 4), st.integers(2, 5), prices)
+def test_time_of_interleaved(p, groups, v, costs):
+    m = groups * p
+    simulation = simulate(build("interleaved", p, m, v), costs)
+    assert simulation.ideal_time == pytest.approx(m * (costs.forward + costs.backward))
+    assert simulation.bubble == pytest.approx((p - 1) / (v * m + p - 1))
+
+
+@given(stages, st.integers(0, 10), prices)
+def test_time_of_zb(p, more, costs):
+    """The ticks that fill and drain cost a forward and an input's backward; without ticks it is the paper's time."""
+    m = 2 * p + more
+    table, one = build("zb", p, m), costs.forward + costs.input_backward
+    simulation = simulate(table, costs)
+    assert simulation.time == pytest.approx(m * (one + costs.weights) + (p - 1) * one)
+    equal = simulate(table, Costs(input_backward=1.0, weights=1.0))
+    assert equal.loose_time == pytest.approx(3 * m + p - 1)
+
+
+@given(arguments(), prices)
+def test_simulation(arguments, costs):
+    table = made(*arguments)
+    simulation = simulate(table, costs)
+    assert max(simulation.busy) <= simulation.loose_time <= simulation.time + 1e-9
+    assert 0 <= simulation.loose_bubble <= simulation.bubble + 1e-9
+    assert len(simulation.starts) == table.ticks + 1
+    assert max(simulation.stash) == table.activation_slots and max(simulation.cotangents) == table.cotangent_slots
+    assert simulation.stash_bytes(10) == 10 * (table.activation_slots + table.cotangent_slots)
+
+
+def test_terminal(capsys, monkeypatch):
+    """Every microbatch stands in a line of its stage and kind; long tables go on below, within the width."""
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["--stages=2", "--microbatches=3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1f1b: 2 stages, 3 microbatches, 5 ticks"
+    assert lines[3:8] == [
+        "tick      0 1 2 3 4",
+        "stage 0 F 0 1 2 . .",
+        "        B . . 0 1 2",
+        "stage 1 F . 0 1 2 .",
+        "        B . 0 1 2 .",
+    ]
+    assert "time    16, of which 12 work" in lines[9] and "bubble  25.0%" in lines[10]
+    assert lines[11] == "stash   1 stage input (by stage: 0 1), 1 cotangent"
+    main(["--schedule=interleaved", "--microbatches=16", "--input-bytes=1000"])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.findall(r"stage 0 F +(.*)", out)[0].split()[:9] == ["0a", "1a", "2a", "3a", "0b", "1b", "2b", "3b", "4a"]
+    cells = " ".join(re.findall(r"stage 3 F +(.*)", out)).replace(".", "").split()
+    assert sorted(cells) == sorted(f"{i}{chunk}" for i in range(16) for chunk in "ab")
+    assert "(9 + 1) x 1,000 bytes = 10,000 bytes on each stage" in out
+    main(["--schedule=zb", "--stages=1", "--microbatches=1"])
+    assert "stage 0 F 0\n        B 0\n        W 0\n" in capsys.readouterr().out
+
+
+def test_colours_differ():
+    """Of kinds and of chunks, and no text is lost on its background."""
+    shades = [colour(kind, chunk, 8) for kind in "fbw" for chunk in range(8)]
+    assert len(set(shades)) == len(shades)
+    assert ink("#000000") == "white" and ink("#ffffff") == "black"
+    with_colour = Console(force_terminal=True, color_system="truecolor", width=80, file=io.StringIO())
+    for line in draw_cells(build("interleaved", 2, 2, 2), 80):
+        with_colour.print(line)
+    assert with_colour.file.getvalue().count("48;2;") == 2 * 2 + 2 * (2 * 2 * 2)  # legend, then each action
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+@pytest.mark.parametrize("schedule", sorted(ORDERS))
+def test_picture(tmp_path, capsys, schedule, suffix, start):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / f"schedule.{suffix}"
+    main([f"--schedule={schedule}", "--stages=2", "--microbatches=3", f"--out={out}"])
+    assert out.read_bytes().startswith(start)
+    assert f"wrote {out}" in capsys.readouterr().out
+
+
+def test_picture_is_on_the_clock(tmp_path):
+    """Bars are as long as their actions take, and stand where the simulator has them."""
+    pytest.importorskip("matplotlib")
+    table = build("1f1b", 2, 2)
+    axes = picture(table, simulate(table), tmp_path / "schedule.png").axes[0]
+    spans = sorted(
+        (round(ys.mean()), round(xs.min(), 6), round(xs.max(), 6))
+        for collection in axes.collections
+        for xs, ys in (path.vertices.T for path in collection.get_paths())
+        if xs.max() > xs.min()
+    )
+    stage_0 = [(0, 0, 1), (0, 1, 2), (0, 5, 8), (0, 9, 12)]
+    stage_1 = [(1, 1, 2), (1, 2, 5), (1, 5, 6), (1, 6, 9)]
+    assert spans == stage_0 + stage_1
+    assert axes.get_title(loc="left") == "1f1b: 2 stages, 2 microbatches, 4 ticks; bubble 33.3%"
+    assert {text.get_text() for text in axes.texts} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--chunks=3"], "--chunks=3 has no effect with --schedule=1f1b; use --schedule=interleaved"),
+        (["--microbatches=3"], "--microbatches=3 is less than the 4 stages.*use --microbatches=4 or more"),
+        (["--schedule=interleaved", "--chunks=1"], "--chunks=1: .* use --chunks=2, or --schedule=1f1b"),
+        (["--schedule=zb2"], "--schedule='zb2' is not one of .* nearest is zb"),
+        (["--stages=0"], "--stages=0: must be 1 or more"),
+        (["--input-bytes=0"], "--input-bytes=0: must be 1 or more"),
+        (["--microbatches=1000000"], "too large to read; use up to"),
+        (["--stages=2", "--out=schedule.exe"], "--out=schedule.exe: no picture format '.exe'"),
+        (["--stages=2", "--out=/no/such/folder/x.png"], "--out=/no/such/folder/x.png cannot be written: no such file"),
+    ],
+)
+def test_mistakes_of_the_command(argv, message):
+    with pytest.raises(UserError, match=message):
+        main(argv)
+
+
+def test_picture_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"jaxlm\[plot\]"):
+        main(["--out=schedule.png"])
+
+
+def test_exit_code():
+    command = [sys.executable, "-m", "jaxlm.parallel.schedules", "--stages=9"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert (
+        result.stderr.startswith("error: --microbatches=8 is less than the 9 stages") and result.stderr.count("\n") == 1
+    )

@@ -17,7 +17,8 @@ stage` is chunk `chunk` of stage `stage`.
 - `zb`: the backward is split; the gradients of inputs, which other stages wait for, go before the gradients of weights,
   which nobody waits for. ZB-H1: Qi et al. 2024, Zero bubble pipeline parallelism, https://arxiv.org/abs/2401.10241.
 
-`order` says when, `build` adds where values wait, `validate` proves the table.
+`order` says when, `build` adds where values wait, `validate` proves the table, `simulate` says what it costs, and
+`python -m jaxlm.parallel.schedules` draws it.
 """
 
 from jaxlm.parallel.schedules.build import build, forward

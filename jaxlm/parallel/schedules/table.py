@@ -11,8 +11,11 @@ Rows = Int32[np.ndarray, "ticks stages"]
 
 
 class Action(NamedTuple):
-    """What one stage does in one tick."""
+    """Something that a stage does in a tick."""
 
+    stage: int
+    kind: str
+    """f, b or w."""
     microbatch: int
     virtual: int
     """The virtual stage: chunk * stages + stage."""
@@ -75,14 +78,18 @@ class Table:
         """Virtual stages in all."""
         return self.stages * self.chunks
 
-    def action(self, kind: str, tick: int, stage: int) -> Action | None:
-        """What `stage` does of `kind` (f, b or w) in `tick`."""
-        microbatch, chunk, slot = (
-            int(getattr(self, f"{kind}_{part}")[tick, stage]) for part in ("microbatch", "chunk", "slot")
-        )
-        cotangents = {"b": self.b_cotangent_slot, "w": self.w_cotangent_slot}
-        cotangent_slot = int(cotangents[kind][tick, stage]) if kind in cotangents else -1
-        return None if microbatch < 0 else Action(microbatch, chunk * self.stages + stage, slot, cotangent_slot)
+    def actions(self) -> list[list[Action]]:
+        """What is done in each tick, in order: stage by stage, F before B before W."""
+        found: list[list[Action]] = [[] for _ in range(self.ticks)]
+        nothing = np.full_like(self.f_microbatch, -1)
+        for kind, cotangent_slot in (("f", nothing), ("b", self.b_cotangent_slot), ("w", self.w_cotangent_slot)):
+            microbatch, chunk, slot = (getattr(self, f"{kind}_{part}") for part in ("microbatch", "chunk", "slot"))
+            ticks, stages = np.nonzero(microbatch >= 0)
+            columns = (microbatch, chunk * self.stages + np.arange(self.stages, dtype=np.int32), slot, cotangent_slot)
+            values = (column[ticks, stages].tolist() for column in columns)
+            for tick, stage, *rest in zip(ticks.tolist(), stages.tolist(), *values, strict=True):
+                found[tick].append(Action(stage, kind, *rest))
+        return [sorted(actions, key=lambda action: (action.stage, "fbw".index(action.kind))) for actions in found]
 
 
 ROWS = tuple(f.name for f in fields(Table) if f.type is Rows)

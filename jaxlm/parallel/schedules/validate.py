@@ -26,12 +26,9 @@ def validate(table: Table) -> None:
     """
     _check_form(table)
     run = _Run(table)
-    for tick in range(table.ticks):
-        for stage in range(table.stages):
-            for kind in "fbw":
-                action = table.action(kind, tick, stage)
-                if action is not None:
-                    run.act(kind, tick, stage, action)
+    for tick, actions in enumerate(table.actions()):
+        for action in actions:
+            run.act(tick, action)
         run.exchange(tick)
     run.finish()
 
@@ -85,8 +82,8 @@ class _Run:
         self.sent: dict[tuple[str, int], Value] = {}
         """(buffer, receiving stage) -> what arrives at the end of this tick."""
 
-    def act(self, kind: str, tick: int, stage: int, action: Action) -> None:
-        table, (microbatch, virtual, slot, cotangent_slot) = self.table, action
+    def act(self, tick: int, action: Action) -> None:
+        table, (stage, kind, microbatch, virtual, slot, cotangent_slot) = self.table, action
         where = f"tick {tick} stage {stage}: {NAMES[kind]} of microbatch {microbatch} on virtual stage {virtual}"
         value = (microbatch, virtual)
         if kind not in KINDS[table.name]:
