@@ -52,6 +52,10 @@ def zb(p: int, m: int, v: int) -> Order:
 
     Meanwhile nobody waits: the ticks that drain the pipeline, in which the last stages have no backward left, are those
     in which they catch up. Delays of up to p - 1 ticks keep the stash as small as that of 1f1b, but for one input.
+
+    In ticks of the slowest stage the bubble is (p - 1) (F + B), against (p - 1) (F + B + W) of 1f1b; the (p - 1)
+    (F + B - W) of the paper needs stages that do not wait for one another's ticks. Where a backward makes the forward
+    again, W does so once more, which costs more than the bubble saves: see `simulate`.
     """
     forward, backward, _ = one_f_one_b(p, m, v)
     i, _ = grid(m, p)
