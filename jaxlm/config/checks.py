@@ -217,6 +217,7 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
             f"--model.kv-heads={kv_heads} neither divides by tp {tp} of mesh {spec} nor divides it; "
             f"use tp{_nearest_divisor(kv_heads, tp)}"
         )
+    yield from _context(config, spec)
     ways, parts, kind = data_ways(spec), config.train.microbatches, "microbatches"
     if spec.sizes["pp"] > 1:
         parts, kind = pipeline_microbatches(config, spec.sizes["pp"], ways), "pipeline microbatches"
@@ -226,6 +227,25 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
         yield (
             f"--data.batch-size={config.data.batch_size} does not divide by {product} = {ways * parts}; "
             f"use --data.batch-size={_nearest_multiple(config.data.batch_size, ways * parts)}"
+        )
+
+
+def _context(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
+    length, method, cp = config.data.sequence_length, config.context.method, spec.sizes["cp"]
+    if cp == 1:
+        return
+    # Zigzag: each device has an early and a late piece of the sequence.
+    pieces, product = (cp, f"cp {cp}") if method == "ulysses" else (2 * cp, f"2 x cp {cp} = {2 * cp}")
+    if length % pieces:
+        yield (
+            f"--data.sequence-length={length} does not divide by {product}, the pieces of --context.method={method} "
+            f"on mesh {spec}; use --data.sequence-length={_nearest_multiple(length, pieces)}"
+        )
+    heads, ways = config.model.heads, cp * spec.sizes["tp"]
+    if method == "ulysses" and heads % ways:
+        yield (
+            f"--context.method=ulysses exchanges heads: --model.heads={heads} does not divide by cp {cp} x tp "
+            f"{spec.sizes['tp']} = {ways}; use --context.method=ring or --model.heads={_nearest_multiple(heads, ways)}"
         )
 
 

@@ -116,6 +116,7 @@ class Attention(nnx.Module):
             softcap=config.attention_softcap,
             backend=runtime.attention,
             mesh=layout.mesh,
+            context=runtime.context,
         )
         return self.output(o_BTNH, runtime), cache
 

@@ -67,22 +67,24 @@ def affine(
     """Contract the last `inputs` dims of `x` with the first of the kernel, and add the bias.
 
     `x.reshape(-1, in) @ kernel.reshape(in, out)`: as a plain 2-D matmul its weight gradient is one too, which XLA:CPU
-    runs faster than the einsum over batch and length. Where `make_kernel` makes a copy of parameters, the backward
-    makes it again rather than keep it.
+    runs faster than the einsum over batch and length. A cut sequence stays a dim of its own, because a device's tokens
+    of several rows do not lie together in [B * T]. Where `make_kernel` makes a copy of parameters, the backward makes
+    it again rather than keep it.
     """
     out = jax.eval_shape(make_kernel).shape[inputs:]
+    lead = x.shape[: x.ndim - inputs]
+    rows = lead if runtime.layout.axis_size("sequence") > 1 else (math.prod(lead),)
 
     def multiply(x: jax.Array) -> jax.Array:
-        kernel = make_kernel().reshape(x.shape[1], -1)
-        tall = runtime.platform == "cpu" and kernel.shape[0] > kernel.shape[1]
+        kernel = make_kernel().reshape(x.shape[-1], -1)
+        tall = runtime.platform == "cpu" and kernel.shape[0] > kernel.shape[1] and len(rows) == 1
         return _tall_matmul(x, kernel) if tall else x @ kernel
 
-    lead = x.shape[: x.ndim - inputs]
     if runtime.remat == "none" and runtime.copies_weights:
         # Without a policy around the block all would be kept for the backward, whole or cast copies of weights too.
         multiply = jax.checkpoint(multiply, prevent_cse=False)
-    y = multiply(x.reshape(math.prod(lead), -1))
-    return (y if bias is None else y + bias.reshape(1, -1)).reshape(*lead, *out)
+    y = multiply(x.reshape(*rows, -1))
+    return (y if bias is None else y + bias.reshape(*[1] * len(rows), -1)).reshape(*lead, *out)
 
 
 @jax.custom_vjp

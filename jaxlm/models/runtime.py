@@ -9,6 +9,7 @@ from flax import nnx
 
 from jaxlm.config.schema import PrecisionConfig
 from jaxlm.parallel.rules import Dims, Layout, across
+from jaxlm.parallel.zigzag import zigzag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class Runtime:
     layout: Layout
     attention: str = "xla"
     """Backend of `models.attention.attend`."""
+    context: str = "ring"
+    """How it reaches across a sequence that is cut over `context`."""
     dtype: jnp.dtype = jnp.dtype("float32")
     """Of matmuls and activations."""
     remat: str = "none"
@@ -39,6 +42,10 @@ class Runtime:
         if "embed" in dims and (axes := self.layout.manual_axes("embed")):
             return _gather_by_hand(self.layout, dims, axes, cast, value)
         return _gather(self.layout, dims, cast, value) if self._gathers(dims) else value.astype(cast)
+
+    def arrange(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """A batch of arrays [B, T] with its tokens in the order in which attention wants a cut sequence."""
+        return batch if self.context == "ulysses" else zigzag(batch, self.layout)
 
     @property
     def platform(self) -> str:

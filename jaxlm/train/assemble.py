@@ -82,9 +82,14 @@ def assemble(
     if not layout.rules["kv_heads"] and mesh.shape["model"] > 1:
         announce(f"{kv_heads(config.model)} kv heads are kept whole on each of tp{mesh.shape['model']}'s devices")
     dtype = compute_dtype(config.precision, device.platform)
-    choice = _choose_attention(config, config.model, device, dtype)
+    choice = _choose_attention(config, config.model, device, dtype, cut=mesh.shape["context"] > 1)
+    if (cuts := mesh.shape["context"]) > 1:
+        part = config.data.sequence_length // cuts
+        announce(f"context: attention over cp{cuts} by {config.context.method}, {part} tokens of a sequence a device")
     announce(f"attention: {choice.name} ({choice.reason}); compute {dtype}, parameters {config.precision.params}")
-    runtime = Runtime(layout=layout, attention=choice.name, dtype=dtype, remat=config.remat)
+    runtime = Runtime(
+        layout=layout, attention=choice.name, dtype=dtype, remat=config.remat, context=config.context.method
+    )
     rule = optimizer.build(config.optimizer, config.train.steps)
     plan = state.plan(
         model,
@@ -106,7 +111,9 @@ def assemble(
     )
 
 
-def _choose_attention(config: RunConfig, model: ModelConfig, device: jax.Device, dtype: jnp.dtype) -> attention.Choice:
+def _choose_attention(
+    config: RunConfig, model: ModelConfig, device: jax.Device, dtype: jnp.dtype, *, cut: bool
+) -> attention.Choice:
     return attention.choose(
         config.attention,
         platform=device.platform,
@@ -115,4 +122,5 @@ def _choose_attention(config: RunConfig, model: ModelConfig, device: jax.Device,
         sequence_length=config.data.sequence_length,
         softcap=model.attention_softcap,
         compute_capability=str(device.compute_capability) if device.platform == "gpu" else None,
+        context=config.context.method if cut else None,
     )

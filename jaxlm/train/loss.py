@@ -20,11 +20,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxlm.config.schema import RunConfig
 from jaxlm.models.build import Model, Params
 from jaxlm.models.runtime import Runtime
+from jaxlm.parallel.rules import Layout
 
 HIDDEN = -1e30
 """Logit of a padding column: finite, so that a shard of nothing but padding stays finite."""
@@ -53,10 +54,10 @@ def token_losses(
     """
     matrix, transposed = model.output_matrix(params, runtime)
     return cross_entropy(
-        x_BTD.reshape(-1, x_BTD.shape[-1]),
+        by_device(x_BTD, runtime.layout),
         matrix,
-        batch["targets"].reshape(-1),
-        batch["loss_mask"].reshape(-1),
+        by_device(batch["targets"], runtime.layout),
+        by_device(batch["loss_mask"], runtime.layout),
         vocabulary=model.vocabulary,
         chunk=config.train.loss_chunk,
         z_loss=0.0 if plain else config.train.z_loss,
@@ -66,6 +67,16 @@ def token_losses(
         shards=runtime.layout.axis_size("vocab"),
         token_shards=runtime.layout.axis_size("batch", "sequence"),
     )
+
+
+def by_device(x_BT: Shaped[Array, "B T ..."], layout: Layout) -> Shaped[Array, "N ..."]:
+    """The tokens of a batch in one row, those of a device together: where the sequence is cut, B * T is not so."""
+    rows, columns = layout.axis_size("batch"), layout.axis_size("sequence")
+    if columns == 1:
+        return x_BT.reshape(-1, *x_BT.shape[2:])
+    lengths = (x_BT.shape[0] // rows, x_BT.shape[1] // columns)
+    x = x_BT.reshape(rows, lengths[0], columns, lengths[1], *x_BT.shape[2:]).swapaxes(1, 2)
+    return layout.constrain(x, "batch", "sequence", *[None] * (x.ndim - 2)).reshape(-1, *x_BT.shape[2:])
 
 
 class _Terms(NamedTuple):

@@ -153,6 +153,7 @@ def train_step(
         key = None
         if model.config.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state["step"])
+        batch = runtime.arrange(batch)
         grads, total, count = gradients(
             model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients
         )
@@ -213,6 +214,7 @@ def eval_step(
     """(params, batch, byte_lengths [V]) -> summed cross-entropy in nats, counted tokens, bytes of their text."""
 
     def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        batch = runtime.arrange(batch)
         total, count = loss_sums(model, params, batch, runtime, config, plain=True)
         size = (byte_lengths[batch["targets"]].astype(jnp.float32) * batch["loss_mask"]).sum()
         return total, count, size

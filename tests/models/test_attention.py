@@ -312,6 +312,8 @@ CAN = {"compute_dtype": "bfloat16", "head_size": 64, "sequence_length": 1024}
         ("tpu", {"cached": True}, "xla"),
         ("tpu", {"softcap": 50.0}, "splash"),
         ("gpu", {"head_size": 256, "compute_capability": "9.0"}, "cudnn"),
+        ("gpu", {"context": "ulysses"}, "cudnn"),
+        ("cpu", {"context": "ring"}, "xla"),
     ],
 )
 def test_auto_takes_the_fastest(platform, changed, name):
@@ -334,6 +336,8 @@ def test_auto_takes_the_fastest(platform, changed, name):
         ("splash", "cpu", {}, "TPU, this is cpu"),
         ("splash", "tpu", {"sequence_length": 200}, "128"),
         ("splash", "tpu", {"cached": True}, "cache"),
+        ("splash", "tpu", {"context": "ring"}, "whole sequences"),
+        ("cudnn", "gpu", {"context": "allgather"}, "whole sequences"),
     ],
 )
 def test_the_impossible_is_refused_and_auto_says_why(backend, platform, changed, reason):
@@ -342,6 +346,12 @@ def test_the_impossible_is_refused_and_auto_says_why(backend, platform, changed,
     assert str(caught.value).endswith("use --attention=auto") and "\n" not in str(caught.value)
     auto = choose("auto", platform=platform, **CAN | changed)
     assert auto.name == "xla" and (platform == "cpu" or reason in auto.reason)
+
+
+@pytest.mark.parametrize("method", ["ring", "allgather", "ulysses"])
+def test_the_definition_does_not_run_on_cut_sequences(method):
+    with pytest.raises(UserError, match=f"cut .--context.method={method}.*--attention=auto"):
+        choose("reference", platform="cpu", context=method, **CAN)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])

@@ -1,16 +1,22 @@
-"""Attention: one function, four backends. `choose` picks the backend, `attend` runs it.
+"""Attention: one function, four backends, three ways over a cut sequence. `choose` picks the backend, `attend` runs it.
 
 Legend: B batch, T target length, S source length, N query heads, K kv heads, H head size.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config.errors import UserError
-from jaxlm.models.attention.kernels import HEAD_AXIS, cudnn_attention, splash_attention
+from jaxlm.models.attention.kernels import cudnn_attention, splash_attention
 from jaxlm.models.attention.reference import reference_attention, visible
+from jaxlm.models.attention.ring import Terms, can_permute, ring_attention
 from jaxlm.models.attention.select import Choice, choose
+from jaxlm.models.attention.shards import HEAD_AXIS, SEQUENCE_AXIS, Local, on_shards, parts
+from jaxlm.models.attention.ulysses import heads_for_tokens
 from jaxlm.models.attention.xla import SAVED_NAME, xla_attention, xla_self_attention
 
 __all__ = ["SAVED_NAME", "Choice", "attend", "choose"]
@@ -30,6 +36,7 @@ def attend(
     softcap: float | None = None,
     backend: str,
     mesh: Mesh | None = None,
+    context: str = "ring",
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Causal attention within segments: softmax(q k^T * scale) v over the keys that a query sees.
@@ -42,39 +49,53 @@ def attend(
     to a cache, in any order of positions, by reference or xla.
 
     Logits become softcap * tanh(logits / softcap) before the mask. Statistics are float32 in every backend; the output
-    has q's dtype. `mesh` may be None on one device; its "model" axis shards the heads. `interpret` is for tests.
+    has q's dtype. `mesh` may be None on one device; its "model" axis shards the heads, its "context" axis the tokens of
+    self-attention by the method `context`: "ring" and "allgather" expect them in the order of `parallel.zigzag`,
+    "ulysses" in their own. `interpret` is for tests.
     """
     cached = kv_segments_BS is not None
     if cached != (kv_positions_BS is not None):
         raise ValueError("attend: give both kv_segments_BS and kv_positions_BS (a cache) or neither (self-attention)")
-    k_BSKH, v_BSKH = _kv_heads_for_shards(q_BTNH.shape[2], k_BSKH, v_BSKH, mesh)
-    if backend == "xla" and not cached:
-        return xla_self_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale, window, softcap)
-    if backend in ("reference", "xla"):
+    q_heads, tp = q_BTNH.shape[2], parts(mesh, HEAD_AXIS)
+    if cached or backend == "reference":
+        k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
         kv_segments = q_segments_BT if kv_segments_BS is None else kv_segments_BS
         kv_positions = q_positions_BT if kv_positions_BS is None else kv_positions_BS
         visible_BTS = visible(q_segments_BT, kv_segments, q_positions_BT, kv_positions, window)
+        if backend not in ("reference", "xla"):
+            raise UserError(f"attention {backend}: it cannot read a key-value cache; use --attention=auto")
         run = reference_attention if backend == "reference" else xla_attention
         return run(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=scale, softcap=softcap)
-    if cached:
-        raise UserError(f"attention {backend}: it cannot read a key-value cache; use --attention=auto")
+    local, cuts = _whole_sequence(backend, scale, window, softcap, interpret), parts(mesh, SEQUENCE_AXIS)
+    if cuts > 1 and context == "ulysses":
+        k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp * cuts)
+        return on_shards(heads_for_tokens(local), mesh, q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
+    k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
+    if cuts > 1:
+        local = partial(ring_attention, terms=Terms(context, scale, window, softcap, can_permute(mesh)))
+    elif backend == "xla":  # which the partitioner understands
+        return local(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
+    return on_shards(local, mesh, q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
+
+
+def _whole_sequence(backend: str, scale: float, window: int, softcap: float | None, interpret: bool) -> Local:
+    """Self-attention by `backend` where a device holds its heads' whole sequence."""
+    if backend == "xla":
+        return lambda q, k, v, segments: xla_self_attention(q, k, v, segments, scale, window, softcap)
     if backend == "splash":
-        return splash_attention(
-            q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window, softcap=softcap, mesh=mesh,
-            interpret=interpret,
-        )  # fmt: skip
+        return partial(splash_attention, scale=scale, window=window, softcap=softcap, interpret=interpret)
     if backend == "cudnn" and softcap is None:
-        return cudnn_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window, mesh=mesh)
+        return partial(cudnn_attention, scale=scale, window=window)
     raise UserError(f"attention {backend}: it has no soft cap or no such backend exists; use --attention=auto")
 
 
-def _kv_heads_for_shards(heads, k_BSKH, v_BSKH, mesh):
+def _kv_heads_for_shards(heads: int, k_BSKH: jax.Array, v_BSKH: jax.Array, shards: int) -> tuple[jax.Array, jax.Array]:
     """Enough kv heads for every shard of the query heads to own the ones it reads.
 
     Where "model" does not divide the kv heads they are replicated; repeating them is then local, and the fewest copies
     that divide keep each query head beside its kv head.
     """
-    shards, kv_heads = (mesh.shape.get(HEAD_AXIS, 1) if mesh is not None else 1), k_BSKH.shape[2]
+    kv_heads = k_BSKH.shape[2]
     if kv_heads % shards == 0:
         return k_BSKH, v_BSKH
     copies = shards // kv_heads if shards % kv_heads == 0 else heads // kv_heads

@@ -1,6 +1,4 @@
-"""Fused attention kernels: cuDNN flash attention on GPU and Splash on TPU, each on its own shard of batch and heads.
-
-A kernel is opaque to the partitioner, so it runs under `jax.shard_map`: batch over the data axes, heads over "model".
+"""Fused attention kernels of one device: cuDNN flash attention on GPU and Splash on TPU.
 
 Legend: B batch, T length, N query heads, K kv heads, H head size.
 """
@@ -9,13 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlm.models.attention.xla import SAVED_NAME
 
-BATCH_AXES = ("replica", "data", "fsdp", "expert")
-HEAD_AXIS = "model"
 SPLASH_LANES = 128
 SPLASH_BLOCK = 512
 
@@ -28,19 +23,14 @@ def cudnn_attention(
     *,
     scale: float,
     window: int,
-    mesh: Mesh | None,
 ) -> Float[Array, "B T N H"]:
     """Flash attention by cuDNN through `jax.nn.dot_product_attention`; segments travel as a [B, 1, T, T] mask."""
-
-    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-        same_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-        reach = (window - 1, 0) if window else None
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, local_window_size=reach, scale=scale,
-            implementation="cudnn",
-        )  # fmt: skip
-
-    return _on_shards(local, mesh, q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    same_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    reach = (window - 1, 0) if window else None
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, local_window_size=reach, scale=scale,
+        implementation="cudnn",
+    )  # fmt: skip
 
 
 def splash_attention(
@@ -52,7 +42,6 @@ def splash_attention(
     scale: float,
     window: int,
     softcap: float | None,
-    mesh: Mesh | None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Splash attention, JAX's Pallas kernel for TPU; `interpret` runs it, slowly, on any platform.
@@ -61,22 +50,18 @@ def splash_attention(
     """
     length = q_BTNH.shape[1]
     mask = masks.LocalMask((length, length), (window - 1, 0), 0) if window else masks.CausalMask((length, length))
-
-    def local(q_BTNH, k_BTKH, v_BTKH, segments_BT):
-        kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * q_BTNH.shape[2]),
-            head_shards=1,
-            q_seq_shards=1,
-            block_sizes=_splash_blocks(length),
-            attn_logits_soft_cap=softcap,
-            residual_checkpoint_name=SAVED_NAME,
-            interpret=interpret,
-        )
-        heads_first = [x.transpose(0, 2, 1, 3) for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BTKH, v_BTKH)]
-        o_BNTH = jax.vmap(kernel)(*heads_first, splash.SegmentIds(segments_BT, segments_BT))
-        return o_BNTH.transpose(0, 2, 1, 3)
-
-    return _on_shards(local, mesh, q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * q_BTNH.shape[2]),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=_splash_blocks(length),
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=SAVED_NAME,
+        interpret=interpret,
+    )
+    heads_first = [x.transpose(0, 2, 1, 3) for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BTKH, v_BTKH)]
+    o_BNTH = jax.vmap(kernel)(*heads_first, splash.SegmentIds(segments_BT, segments_BT))
+    return o_BNTH.transpose(0, 2, 1, 3)
 
 
 def _splash_blocks(length: int) -> splash.BlockSizes:
@@ -87,21 +72,3 @@ def _splash_blocks(length: int) -> splash.BlockSizes:
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-
-
-def _on_shards(local, mesh, q_BTNH, k_BTKH, v_BTKH, segments_BT):
-    """Run `local` on each device's batch rows and heads; within a shard_map, over the axes it left automatic."""
-    context = jax.sharding.get_abstract_mesh()
-    manual = set(context.manual_axes)
-    mesh = context if manual else mesh
-    if mesh is None:
-        return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    free = [name for name in mesh.axis_names if name not in manual]
-    # An axis that is not mentioned costs an all-reduce of the gradients, even where its size is 1.
-    batch = tuple(a for a in free if a in BATCH_AXES or (a != HEAD_AXIS and mesh.shape[a] == 1)) or None
-    heads = PartitionSpec(batch, None, HEAD_AXIS if HEAD_AXIS in free else None, None)
-    # check_vma is off because a kernel's outputs do not say over which axes they vary.
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(heads, heads, heads, PartitionSpec(batch, None)), out_specs=heads,
-        axis_names=frozenset(free), check_vma=False,
-    )(q_BTNH, k_BTKH, v_BTKH, segments_BT)  # fmt: skip

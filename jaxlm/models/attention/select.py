@@ -26,18 +26,24 @@ def choose(
     softcap: float | None = None,
     compute_capability: str | None = None,
     cached: bool = False,
+    context: str | None = None,
 ) -> Choice:
     """Resolve "auto" to the fastest backend that can run, and check one that was asked for by name.
 
     `platform` is "cpu", "gpu" or "tpu"; `compute_capability` is the GPU's, as JAX gives it ("9.0"; unknown: None);
-    `cached` is decoding, where queries meet the keys of a cache. Raises UserError with the reason and the cure.
+    `cached` is decoding, where queries meet the keys of a cache; `context` the method by which attention reaches across
+    a sequence that is cut over devices. Raises UserError with the reason and the cure.
     """
-    obstacles = {
+    obstacles: dict[str, str | None] = {
         "cudnn": _cudnn_obstacle(platform, compute_capability, compute_dtype, head_size, sequence_length, softcap),
         "splash": _splash_obstacle(platform, sequence_length),
     }
     if cached:
         obstacles = {name: obstacle or "it cannot read a key-value cache" for name, obstacle in obstacles.items()}
+    elif context is not None:
+        for name in ("reference",) if context == "ulysses" else ("reference", "cudnn", "splash"):
+            whole = f"it computes whole sequences, and on a mesh with cp they are cut (--context.method={context})"
+            obstacles[name] = obstacles.get(name) or whole
     if backend != "auto":
         if obstacle := obstacles.get(backend):
             raise UserError(f"attention {backend}: {obstacle}; use --attention=auto")

@@ -75,7 +75,7 @@ def xla_self_attention(
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap):
-    q_BKGTH = _grouped(q_BTNH, k_BTKH.shape[2]) * jnp.asarray(scale, q_BTNH.dtype)
+    q_BKGTH = grouped(q_BTNH, k_BTKH.shape[2]) * jnp.asarray(scale, q_BTNH.dtype)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     outputs, normalizers = [], []
     for block in query_blocks(q_BTNH.shape[1], window):
@@ -87,7 +87,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap):
         o_BKGtH = _matmul("bkgts,bksh->bkgth", weights.astype(v_BKTH.dtype), v_BKTH[:, :, start:end]) / total
         outputs.append(o_BKGtH.astype(q_BTNH.dtype))
         normalizers.append(peak + jnp.log(total))
-    o_BTNH = checkpoint_name(_ungrouped(jnp.concatenate(outputs, axis=3)), SAVED_NAME)
+    o_BTNH = checkpoint_name(ungrouped(jnp.concatenate(outputs, axis=3)), SAVED_NAME)
     lse_BKGT1 = checkpoint_name(jnp.concatenate(normalizers, axis=3), SAVED_NAME)
     return o_BTNH, (q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, lse_BKGT1)
 
@@ -95,10 +95,10 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap):
 def _backward(scale, window, softcap, residuals, do_BTNH):
     q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, lse_BKGT1 = residuals
     dtype, length = q_BKGTH.dtype, q_BKGTH.shape[3]
-    do_BKGTH = _grouped(do_BTNH, k_BKTH.shape[1])
+    do_BKGTH = grouped(do_BTNH, k_BKTH.shape[1])
     # Summed as the arrays lie, then turned: a sum over turned arrays costs XLA:CPU as much as a matmul.
     delta_BTN1 = (do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    delta_BKGT1 = _grouped(delta_BTN1, k_BKTH.shape[1])
+    delta_BKGT1 = grouped(delta_BTN1, k_BKTH.shape[1])
     dq_blocks: list[jax.Array] = []
     dk_BKHT = dv_BKHT = jnp.zeros((), jnp.float32)
     for block in query_blocks(length, window):
@@ -115,7 +115,7 @@ def _backward(scale, window, softcap, residuals, do_BTNH):
         dk_BKHT += jnp.pad(_matmul("bkgth,bkgts->bkhs", q, dlogits), around)
         dv_BKHT += jnp.pad(_matmul("bkgth,bkgts->bkhs", do, weights.astype(dtype)), around)
     dk_BTKH, dv_BTKH = (grad.transpose(0, 3, 1, 2).astype(dtype) for grad in (dk_BKHT, dv_BKHT))
-    return _ungrouped(jnp.concatenate(dq_blocks, axis=3)), dk_BTKH, dv_BTKH, None
+    return ungrouped(jnp.concatenate(dq_blocks, axis=3)), dk_BTKH, dv_BTKH, None
 
 
 xla_self_attention.defvjp(_forward, _backward)
@@ -139,11 +139,11 @@ def _matmul(spec, left, right):
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-def _grouped(x_BTNH, kv_heads):
+def grouped(x_BTNH, kv_heads):
     batch, length, heads, head = x_BTNH.shape
     return x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head).transpose(0, 2, 3, 1, 4)
 
 
-def _ungrouped(x_BKGTH):
+def ungrouped(x_BKGTH):
     batch, kv_heads, group, length, head = x_BKGTH.shape
     return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, head)
