@@ -59,11 +59,11 @@ def gpt():
     "name, mesh",
     [
         *((name, "dp1") for name in CONFIGS),
-        *(("gpt", "dp2,tp2"), ("llama", "dp2,tp2"), ("multi_query", "rep2,fsdp2,tp2")),
+        *(("gpt", "dp2,tp2"), ("llama", "dp2,tp2"), ("multi_query", "rep2,fsdp2,tp2"), ("llama", "cp2,tp2")),
     ],
 )
 def test_greedy_with_cache_is_greedy_without(name, mesh, expected):
-    """The meshes split kv heads over tp, and keep the one of multi-query attention whole."""
+    """The meshes split kv heads over tp, and keep the one of multi-query attention whole; cp takes rows of its own."""
     new = generate(*make(CONFIGS[name], mesh), PROMPTS, max_new_tokens=NEW)
     assert new == expected[name]
     assert len({token for row in new for token in row}) > 8, "a model that repeats itself proves little"

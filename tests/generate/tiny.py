@@ -46,7 +46,8 @@ def make(
 ) -> tuple[Model, Params, Runtime]:
     """Model, parameters with weights large enough that every token depends on its context, and runtime on `mesh`."""
     spec = mesh_spec.parse(mesh)
-    layout = rules.layout(meshes.from_devices(spec, jax.devices()[: spec.device_count]), kv_heads=kv_heads(config))
+    devices = jax.devices()[: spec.device_count]
+    layout = rules.layout(meshes.from_devices(spec, devices), kv_heads=kv_heads(config), variant="decode")
     model = build(config, vocabulary)
     random = np.random.default_rng(3)
 

@@ -124,6 +124,32 @@ def test_bfloat16(method):
     check(mesh_named("cp2"), method, 2, 0, None, dtype="bfloat16")
 
 
+@pytest.mark.parametrize("method", ["ring", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
+@pytest.mark.parametrize("mesh", ["pp2,cp2,tp2", pytest.param("pp2,dp2,cp2", marks=pytest.mark.slow)])
+def test_in_a_branch_that_one_stage_takes_at_a_time(method, mesh):
+    """Within a shard_map that left only tp automatic, as a pipeline runs it: no stage waits for another."""
+    mesh, window = mesh_named(mesh), 40
+
+    def stage(q, k, v, do, segments):
+        def run():
+            how = {"backend": "xla", "mesh": mesh, "context": method}
+            return forward_and_backward(q, k, v, do, segments, segments, window=window, softcap=None, **how)
+
+        def tick(outs, number):
+            return jax.lax.cond(number == jax.lax.axis_index("pipeline"), run, lambda: outs), None
+
+        outs = tuple(jnp.zeros_like(x) for x in (q, q, k, v))
+        return jax.lax.scan(tick, outs, jnp.arange(2, dtype=jnp.int32))[0]
+
+    manual, spec = frozenset(mesh.axis_names) - {"model"}, PartitionSpec("data", "context")
+    run = jax.shard_map(stage, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=manual, check_vma=False)
+    places_T = np.arange(T) if method == "ulysses" else order(T, mesh.shape["context"])
+    arrays = [np.asarray(x)[:, places_T] for x in (*inputs(2, "float32"), packings(B, T)["packed"])]
+    wanted = expected(2, "float32", window, None, "packed")
+    for actual, right in zip(jax.jit(run)(*arrays), wanted, strict=True):
+        assert error(actual, right[:, places_T]) <= FLOAT32_TOLERANCE
+
+
 def test_a_fused_kernel_may_compute_what_ulysses_exchanged():
     length = 128
     q, k, v, do = inputs(2, "float32", length)

@@ -18,6 +18,7 @@ RUNS = {
 
 METHODS = ("ring", "allgather", "ulysses")
 MORE = ["cp2", "cp4", "cp2,tp2", "cp4,tp2", "dp2,cp2,tp2", "fsdp2,cp2", "fsdp2,cp2,tp2", "rep2,cp2,ep2", "cp8"]
+MORE += ["pp2,cp2", "pp2,fsdp2,cp2", "pp2,cp2,tp2"]
 
 
 def check(mesh, style, **changes):
