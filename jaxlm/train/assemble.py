@@ -14,7 +14,7 @@ from jaxlm.models import attention, build
 from jaxlm.models.block import head_size, kv_heads
 from jaxlm.models.runtime import Runtime, compute_dtype
 from jaxlm.parallel import rules
-from jaxlm.train import optimizer, state
+from jaxlm.train import optimizer, stages, state
 from jaxlm.train import step as steps
 
 
@@ -90,6 +90,8 @@ def assemble(
     runtime = Runtime(
         layout=layout, attention=choice.name, dtype=dtype, remat=config.remat, context=config.context.method
     )
+    if mesh.shape["pipeline"] > 1:
+        announce(stages.describe(config, layout))
     rule = optimizer.build(config.optimizer, config.train.steps)
     plan = state.plan(
         model,

@@ -14,6 +14,7 @@ from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import pipeline
 from jaxlm.parallel.rules import Layout, cut_by
 from jaxlm.parallel.schedules import Table, build
+from jaxlm.parallel.schedules.simulate import simulate
 from jaxlm.train.loss import token_losses
 
 
@@ -22,6 +23,16 @@ def table(config: RunConfig, layout: Layout) -> Table:
     sizes = {axis: layout.mesh.shape[axis] for axis in layout.mesh.axis_names}
     microbatches = pipeline_microbatches(config, sizes["pipeline"], layout.axis_size("batch"))
     return build(config.pipeline.schedule, sizes["pipeline"], microbatches, pipeline_chunks(config))
+
+
+def describe(config: RunConfig, layout: Layout) -> str:
+    """The schedule of a run, in a line."""
+    plan = table(config, layout)
+    chunks = f", {plan.chunks} chunks a stage" if plan.chunks > 1 else ""
+    return (
+        f"pipeline: {plan.name}, {plan.stages} stages{chunks}, {plan.microbatches} microbatches in {plan.ticks} ticks, "
+        f"bubble {simulate(plan).bubble:.0%}, room for {plan.activation_slots} stage inputs"
+    )
 
 
 def gradients(
