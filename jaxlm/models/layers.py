@@ -199,14 +199,15 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
         if self.gate is None:
-            h = _activate(self.activation, self.up(x, runtime), None)
+            h = activate(self.activation, self.up(x, runtime), None)
         else:
-            h = _activate(self.activation, self.gate(x, runtime), self.up(x, runtime))
+            h = activate(self.activation, self.gate(x, runtime), self.up(x, runtime))
         return self.down(h, runtime)
 
 
 @partial(jax.checkpoint, static_argnums=0, prevent_cse=False)  # the backward needs only the matmuls' results
-def _activate(name: str, x: jax.Array, gated: jax.Array | None) -> jax.Array:
+def activate(name: str, x: jax.Array, gated: jax.Array | None) -> jax.Array:
+    """ACTIVATIONS[name](x), times `gated` where there is such."""
     y = ACTIVATIONS[name](x)
     return y if gated is None else y * gated
 

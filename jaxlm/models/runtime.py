@@ -35,9 +35,14 @@ class Runtime:
         The cast comes first, so that what travels is small; the gradient goes back to the parameter's own sharding
         and dtype at once (a reduce-scatter where `fsdp` cuts it).
         """
-        value, dims = parameter[...], parameter.get_metadata()["dims"]
-        if self.pick is not None:
-            value = value[self.pick]
+        return self.whole(self.own(parameter), parameter.get_metadata()["dims"], dtype)
+
+    def own(self, parameter: nnx.Param) -> jax.Array:
+        """A parameter of this layer as it is stored."""
+        return parameter[...] if self.pick is None else parameter[...][self.pick]
+
+    def whole(self, value: jax.Array, dims: Dims, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """`use`, of a value that was taken out of its parameter already."""
         cast = jnp.dtype(dtype or self.dtype)
         if "embed" in dims and (axes := self.layout.manual_axes("embed")):
             return _gather_by_hand(self.layout, dims, axes, cast, value)

@@ -49,6 +49,10 @@ class Layout:
         rules = {dim: tuple(axis for axis in axes if axis != "pipeline") for dim, axes in self.rules.items()}
         return Layout(mesh=self.mesh, rules=rules, manual=manual)
 
+    def axes(self, dim: str | None) -> tuple[str, ...]:
+        """The mesh axes that cut `dim`, without those that are manual."""
+        return self._axes(dim, "array")
+
     def manual_axes(self, dim: str) -> tuple[str, ...]:
         """Of the mesh axes that cut `dim`, those that are manual."""
         return tuple(axis for axis in self.rules[dim] if axis in self.manual and self.mesh.shape[axis] > 1)
