@@ -123,7 +123,7 @@ class Experts(nnx.Module):
             experts=config.experts,
             axis=axes[0] if axes else None,
         )
-        y_ND = jax.lax.psum(y_ND, cut) if cut else y_ND
+        y_ND = _sum_over(cut, y_ND) if cut else y_ND
         return y_ND.reshape(x_BTD.shape), jax.tree.map(lambda part: part[None], load)
 
 
@@ -149,6 +149,16 @@ def _on_devices(run, layout: Layout, dims: dict[str, Dims]):
         axis_names=frozenset(free),
         check_vma=False,
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over(axes: tuple[str, ...], y: jax.Array) -> jax.Array:
+    """A psum whose result all devices along `axes` use alike. So its gradient is the same on all of them too, and needs
+    no psum of its own."""
+    return jax.lax.psum(y, axes)
+
+
+_sum_over.defvjp(lambda axes, y: (_sum_over(axes, y), None), lambda axes, _, g: (g * jax.lax.axis_size(axes),))
 
 
 def _feed(activation: str, x_RD: jax.Array, weights_R: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
