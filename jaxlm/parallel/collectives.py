@@ -16,8 +16,8 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 """Bytes of an element where they are not 4 (or, of eight-bit floats, 1)."""
 
-WORK = ("fusion", "dot", "convolution", "custom-call", "while", "call", "conditional", "scatter", "gather", "reduce")
-"""Operations beside which a collective is under way at no cost, if it started before them and ends after."""
+WORK = ("dot", "convolution", "custom-call", "while", "conditional", "call")
+"""Operations, alone or within a fusion, that take long enough to hide a collective that runs beside them."""
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
@@ -33,7 +33,7 @@ class Collective:
     bytes: int
     """Bytes of their results on one device, summed over the executions."""
     overlapped: int = 0
-    """Of the executions, those that the compiler scheduled beside other work, rather than wait for them."""
+    """Of the executions, those scheduled beside matrix products, kernels or loops, which hide them."""
 
 
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
@@ -93,11 +93,11 @@ def _all(program: Program) -> Iterator[tuple[int, _Found]]:
     }
     for name, computation in program.computations.items():
         if name not in fused:
-            for found in (*_written_out(computation), *_in_fusions(program, computation)):
+            for found in (*_written_out(program, computation), *_in_fusions(program, computation)):
                 yield runs.get(name, 1), found
 
 
-def _written_out(computation: Computation) -> Iterator[_Found]:
+def _written_out(program: Program, computation: Computation) -> Iterator[_Found]:
     """Collectives that are instructions of their own: one, or a start and a done."""
     order = list(computation.instructions.values())
     for position, instruction in enumerate(order):
@@ -110,7 +110,7 @@ def _written_out(computation: Computation) -> Iterator[_Found]:
             for end in range(position + 1, len(order)):
                 if order[end].opcode == f"{kind}-done" and instruction.name in order[end].operands:
                     result = order[end].result
-                    overlapped = any(other.opcode in WORK for other in order[position:end])
+                    overlapped = any(_works(program, other) for other in order[position:end])
                     break
         yield _Found(kind=kind, result=result, groups=instruction.rest, overlapped=overlapped)
 
@@ -129,7 +129,7 @@ def _in_fusions(program: Program, computation: Computation) -> Iterator[_Found]:
         if fusion.opcode != "fusion":
             continue
         (name,) = fusion.called("calls")
-        computes = name.startswith("async_collective_fusion")
+        computes = name.startswith("async_collective_fusion") and _works(program, fusion)
         before = [chains[operand] for operand in fusion.operands if operand in chains]
         for link in before:
             chains[fusion.name] = link
@@ -149,6 +149,13 @@ def _fused(program: Program, name: str) -> Iterator[Instruction]:
             yield instruction
         elif instruction.opcode == "fusion":
             yield from _fused(program, instruction.called("calls")[0])
+
+
+def _works(program: Program, instruction: Instruction) -> bool:
+    if instruction.opcode != "fusion":
+        return instruction.opcode in WORK
+    inner = program.computations.get(instruction.called("calls")[0], Computation())
+    return any(_works(program, other) for other in inner.instructions.values())
 
 
 def _array_bytes(result: str) -> list[int]:

@@ -112,6 +112,7 @@ def test_none():
 
 
 HEADER = "HloModule m\n\n%add (a: f32[], b: f32[]) -> f32[] {\n  ROOT %c = f32[] add(%a, %b)\n}\n\n"
+HEADER += "%product (d: f32[8]) -> f32[8] {\n  %d = f32[8]{0} parameter(0)\n  ROOT %e = f32[8]{0} dot(%d, %d)\n}\n\n"
 
 
 def hlo(*instructions: str) -> str:
@@ -230,7 +231,7 @@ FSDP = {("all-gather", "fsdp", 1, 2 * MB, 0), ("reduce-scatter", "fsdp", 1, MB /
                 ("all-gather", "fsdp", 5, 10 * MB, 5),
                 ("all-reduce", "tp", 5, 10 * MB, 0),
                 ("collective-permute", "dp", 5, 10 * MB, 0),
-                ("all-reduce", "fsdp", 5, 10 * MB, 5),
+                ("all-reduce", "fsdp", 5, 10 * MB, 0),
                 ("all-reduce", "dp+fsdp", 1, 4, 0),
             },
         ),
