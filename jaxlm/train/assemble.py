@@ -31,9 +31,9 @@ class Assembly:
     """Not compiled yet: see `compile`."""
     batch: dict[str, jax.ShapeDtypeStruct]
 
-    def compile(self) -> jax.stages.Compiled:
+    def compile(self, announce: Callable[[str], None] = lambda line: None) -> jax.stages.Compiled:
         """The step as a program that cannot recompile."""
-        return steps.compile_step(self.step, self.plan, self.batch)
+        return steps.compile_step(self.step, self.plan, self.batch, announce)
 
     def init(self) -> state.State:
         """A fresh state, born sharded."""

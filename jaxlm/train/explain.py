@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlm.models.build import Model
+from jaxlm.parallel import flags
 from jaxlm.parallel.collectives import collectives
 from jaxlm.train.state import StatePlan
 
@@ -74,14 +75,27 @@ def explain(model: Model, plan: StatePlan, compiled: jax.stages.Compiled, consol
     memory(plan, compiled, console)
     mesh = cast(Mesh, rows[0].sharding.mesh)
     traffic = Table(title="collectives of one compiled step, per device", box=box.SIMPLE_HEAD)
-    for column in ("kind", "axis", "count", "bytes"):
+    options = flags.options(mesh.devices.flat[0].platform)
+    for column in ("kind", "axis", "count", "bytes", *(["overlapped"] if options else [])):
         traffic.add_column(column, justify="left" if column in ("kind", "axis") else "right")
     found = collectives(compiled.as_text() or "", mesh)
     for c in found:
-        traffic.add_row(c.kind, c.axes, f"{c.count:,}", f"{c.bytes:,}")
+        traffic.add_row(c.kind, c.axes, f"{c.count:,}", f"{c.bytes:,}", *([f"{c.overlapped:,}"] if options else []))
     if not found:
         traffic.add_row("none", "", "0", "0")
     console.print(traffic)
+    if options:
+        console.print(compiler_options(options))
+
+
+def compiler_options(options: tuple[flags.Option, ...]) -> Table:
+    """What the compiler was told about overlap, and why."""
+    table = Table(title="compiler options", box=box.SIMPLE_HEAD)
+    for column in ("option", "value", "why"):
+        table.add_column(column, no_wrap=column == "option")
+    for option in options:
+        table.add_row(option.name, str(option.value).lower(), option.why)
+    return table
 
 
 def memory(plan: StatePlan, compiled: jax.stages.Compiled, console: Console) -> None:

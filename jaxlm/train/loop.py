@@ -122,7 +122,7 @@ class Run:
         if config.profile.steps and profile_window(config.profile.steps)[1] <= start.step:
             progress.say(f"--profile.steps={config.profile.steps} is over before step {start.step + 1}: no profile")
         began = time.perf_counter()
-        compiled = self.assembly.compile()
+        compiled = self.assembly.compile(progress.say)
         progress.say(f"compiled in {time.perf_counter() - began:.1f} s; {self.meter.formula}")
         self._claim(start.step)
         with StopRequest() as stop:

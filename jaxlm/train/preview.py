@@ -34,7 +34,7 @@ def preview(config: RunConfig, *, full: bool) -> None:
         vocabulary = open_corpora(config.data).tokenizer.vocabulary_size
     assembly = assemble(config, mesh, vocabulary, console.print)
     began = time.perf_counter()
-    compiled = assembly.compile()
+    compiled = assembly.compile(console.print)
     console.print(f"mesh {spec}, compiled in {time.perf_counter() - began:.1f} s")
     device = mesh.devices.flat[0]
     arguments = (config.model, assembly.model.vocabulary, config.data.sequence_length)

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm.config.schema import RunConfig
 from jaxlm.models.build import Model
 from jaxlm.models.runtime import Runtime
+from jaxlm.parallel import flags
 from jaxlm.train import stages
 from jaxlm.train.loss import token_losses
 from jaxlm.train.state import State, StatePlan
@@ -196,16 +197,26 @@ def _next_scale(scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax
 
 
 def compile_step(
-    step: Callable[[State, Batch], tuple[State, Metrics]], plan: StatePlan, batch: dict[str, jax.ShapeDtypeStruct]
+    step: Callable[[State, Batch], tuple[State, Metrics]],
+    plan: StatePlan,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    announce: Callable[[str], None] = lambda line: None,
 ) -> jax.stages.Compiled:
-    """Compile the step ahead of time, donating the state. The result cannot recompile: other shapes are an error."""
+    """Compile the step ahead of time, donating the state. The result cannot recompile: other shapes are an error.
+
+    Args:
+        announce: told in one line that options of the compiler are set (`parallel.flags`).
+    """
     mesh = jax.tree.leaves(plan.abstract)[0].sharding.mesh
     jitted = jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(plan.shardings, NamedSharding(mesh, PartitionSpec())),
     )
-    return jitted.lower(plan.abstract, batch).compile()
+    options = flags.options(mesh.devices.flat[0].platform)
+    if options:
+        announce(f"{len(options)} compiler options hide communication behind computation (--explain lists them)")
+    return flags.compile_with(jitted.lower(plan.abstract, batch), options, announce)
 
 
 def eval_step(

@@ -1,0 +1,112 @@
+"""Compiler options that let communication run beside computation: the one place where they are set.
+
+They are given to the compiler with the step, so that a program is the same whatever the environment of the process, and
+`--explain` lists them. To decide otherwise, name an option in `XLA_FLAGS` (GPU) or `LIBTPU_INIT_ARGS` (TPU), as in
+`XLA_FLAGS=--xla_gpu_enable_pipelined_all_gather=false`: an option named there is left to the environment. On CPU there
+are none: its devices are threads of one process, with nothing to hide.
+
+See https://docs.jax.dev/en/latest/gpu_performance_tips.html for GPU, and MaxText's `xla_flags_library.py` for TPU.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Variables from which XLA reads options itself."""
+
+LAYER_BYTES = 1 << 30
+"""No less than the weights of one layer, so that its gathers are sent as one: the pipelined loop hides it behind the
+layer before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A compiler option, and what it is for."""
+
+    name: str
+    value: bool | int
+    why: str
+
+
+OPTIONS: dict[str, tuple[Option, ...]] = {
+    "cpu": (),
+    "gpu": (
+        Option(
+            name="xla_gpu_enable_latency_hiding_scheduler",
+            value=True,
+            why="starts collectives early and waits for them late",
+        ),
+        Option(
+            name="xla_gpu_enable_pipelined_all_gather",
+            value=True,
+            why="fsdp: gathers the next layer's weights while this layer computes",
+        ),
+        Option(
+            name="xla_gpu_all_gather_combine_threshold_bytes",
+            value=LAYER_BYTES,
+            why="fsdp: one gather a layer, which is what the pipelined loop can hide",
+        ),
+        Option(
+            name="xla_gpu_reduce_scatter_combine_threshold_bytes",
+            value=LAYER_BYTES,
+            why="fsdp: one reduce-scatter a layer's gradients",
+        ),
+    ),
+    "tpu": (
+        Option(
+            name="xla_tpu_enable_async_collective_fusion",
+            value=True,
+            why="carries a collective on inside the matrix products beside it",
+        ),
+        Option(
+            name="xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+            value=True,
+            why="fsdp: so for the gathers of weights",
+        ),
+        Option(
+            name="xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+            value=True,
+            why="dp, tp: so for the sums of gradients and activations",
+        ),
+        Option(
+            name="xla_tpu_enable_async_collective_fusion_multiple_steps",
+            value=True,
+            why="one collective may span several products",
+        ),
+        Option(
+            name="xla_tpu_overlap_compute_collective_tc",
+            value=True,
+            why="lets the core compute between the parts of a collective",
+        ),
+        Option(name="xla_enable_async_all_gather", value=True, why="gathers have a start and an end"),
+        Option(name="xla_enable_async_all_reduce", value=True, why="all-reduces have a start and an end"),
+    ),
+}
+"""By platform. Each has been given to that platform's compiler: see `benchmarks/tpu_compile.py`."""
+
+
+def options(platform: str) -> tuple[Option, ...]:
+    """Those for `platform`, without the ones that the environment names."""
+    named = {name for key in ENVIRONMENT for name in re.findall(r"--(\w+)", os.environ.get(key, ""))}
+    return tuple(option for option in OPTIONS[platform] if option.name not in named)
+
+
+def compile_with(
+    lowered: jax.stages.Lowered, chosen: tuple[Option, ...], announce: Callable[[str], None]
+) -> jax.stages.Compiled:
+    """Compile a program with the options that this version of the compiler knows, and say in a line which it lacks."""
+    while True:
+        try:
+            values: dict[str, Any] = {option.name: option.value for option in chosen}
+            return lowered.compile(compiler_options=values or None)
+        except jax.errors.JaxRuntimeError as error:
+            unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in {option.name for option in chosen}:
+                raise
+            announce(f"this compiler has no option {unknown[1]}: compiling without it")
+            chosen = tuple(option for option in chosen if option.name != unknown[1])

@@ -1,0 +1,62 @@
+"""Compiler options: by platform, with a reason each, and the environment above them."""
+
+import jax
+import pytest
+from rich.console import Console
+
+from jaxlm.parallel import flags
+from jaxlm.train.explain import compiler_options
+
+ADD = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), "float32"))
+
+
+def names(platform: str) -> list[str]:
+    return [option.name for option in flags.options(platform)]
+
+
+@pytest.mark.parametrize("platform", flags.OPTIONS)
+def test_each_option_is_named_once_and_says_why(platform):
+    chosen = flags.OPTIONS[platform]
+    assert len({option.name for option in chosen}) == len(chosen)
+    assert all(option.why and "\n" not in option.why and len(option.why) < 80 for option in chosen)
+    assert bool(chosen) == (platform != "cpu")
+
+
+@pytest.mark.parametrize("variable", flags.ENVIRONMENT)
+def test_an_option_that_the_environment_names_is_left_to_it(variable, monkeypatch):
+    for key in flags.ENVIRONMENT:
+        monkeypatch.delenv(key, raising=False)
+    every = names("gpu")
+    assert every == [option.name for option in flags.OPTIONS["gpu"]]
+    monkeypatch.setenv(variable, f"--xla_dump_to=/tmp/x --{every[1]}=false")
+    assert names("gpu") == [every[0], *every[2:]]
+
+
+def test_options_of_gpu_are_known_to_xla():
+    """They are fields of XLA's own options, which its compiler for CPU knows too; those of TPU only libtpu knows."""
+    said = []
+    flags.compile_with(ADD, flags.OPTIONS["gpu"], said.append)
+    assert said == []
+
+
+def test_an_option_that_the_compiler_lacks_is_left_out_aloud():
+    invented = flags.Option(name="xla_gpu_invented", value=True, why="to be refused")
+    said = []
+    compiled = flags.compile_with(ADD, (*flags.OPTIONS["gpu"], invented), said.append)
+    assert said == ["this compiler has no option xla_gpu_invented: compiling without it"]
+    assert float(compiled(jax.numpy.float32(1))) == 2
+
+
+def test_other_errors_of_the_compiler_stay_errors():
+    bad = flags.Option(name="xla_gpu_enable_latency_hiding_scheduler", value=7, why="not a truth value")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_enable_latency_hiding_scheduler"):
+        flags.compile_with(ADD, (bad,), print)
+
+
+def test_explain_lists_option_value_and_reason():
+    console = Console(record=True, width=160)
+    console.print(compiler_options(flags.OPTIONS["tpu"]))
+    text = console.export_text()
+    for option in flags.OPTIONS["tpu"]:
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [option.name]]
+        assert line.split()[1] == str(option.value).lower() and option.why in line
