@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import get_type_hints
 
@@ -52,7 +53,20 @@ def fields_read(source):
                         holds[last_name(to)] |= holds[last_name(value)] if last_name(value) else set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and last_name(node.value):
-            yield from ((cls, node.attr) for cls in holds[last_name(node.value)])
+            for cls in holds[last_name(node.value)]:
+                yield from ((cls, name) for name in properties().get((cls, node.attr), [node.attr]))
+
+
+@cache
+def properties():
+    """(class, property) of the configuration -> the fields that it reads: to read it is to read them."""
+    found = {}
+    for cls in ast.parse((CODE / "config" / "schema.py").read_text()).body:
+        for function in cls.body if isinstance(cls, ast.ClassDef) else ():
+            if isinstance(function, ast.FunctionDef):
+                reads = (n for n in ast.walk(function) if isinstance(n, ast.Attribute) and last_name(n.value) == "self")
+                found[cls.name, function.name] = sorted({node.attr for node in reads})
+    return found
 
 
 def code():
@@ -79,6 +93,7 @@ def test_every_key_is_read():
         ("def f(c: TrainConfig): return c.seed", ("TrainConfig", "seed")),
         ("def f(config: RunConfig): return config.remat", ("RunConfig", "remat")),
         ("m = self.config.model\nm.layers", ("ModelConfig", "layers")),
+        ("config.model.head_width", ("ModelConfig", "head_size")),
         ("a, b = config.eval, config.train\nb.steps", ("TrainConfig", "steps")),
     ],
 )

@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxlm.config.files import flush_folder, write_atomically
+
 MANIFEST = "manifest.json"
 META = "meta.json"
 ARRAYS = "arrays"
@@ -68,10 +70,10 @@ def commit(folder: Path, step: int, number: int) -> None:
         for path, digest in zip(paths, digests, strict=True)
     }
     for inner in {data, *(path.parent for path in paths)}:
-        _flush_folder(inner)
+        flush_folder(inner)
     body = {"format": FORMAT, "step": step, "save": data.name, "files": entries}
     write_atomically(data.parent / MANIFEST, _dump(body))
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 def verify(folder: Path, step: int) -> None:
@@ -124,17 +126,6 @@ def delete_leftovers(folder: Path, step: int, keep: int) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, also after a kill or a power loss."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _flush_folder(path.parent)
 
 
 def _numbered(folder: Path) -> list[int]:
@@ -214,11 +205,3 @@ def _digest(path: Path, flush: bool = False) -> str:
         if flush:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

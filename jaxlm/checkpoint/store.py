@@ -8,6 +8,8 @@ import contextlib
 import functools
 import json
 import logging
+import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -23,7 +25,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import manifest, provenance
+from jaxlm.config.cli import FULL
 from jaxlm.config.errors import CommandError, UserError
+from jaxlm.config.files import write_atomically
 
 
 class SaveFailed(CommandError):
@@ -186,7 +190,7 @@ class Store:
         wait()
         if jax.process_index() != 0:
             return
-        manifest.write_atomically(manifest.save_folder(self.folder, step, number) / manifest.META, text)
+        write_atomically(manifest.save_folder(self.folder, step, number) / manifest.META, text)
         manifest.commit(self.folder, step, number)
         self._damaged.discard(step)
         manifest.delete_leftovers(self.folder, step, number)
@@ -243,9 +247,10 @@ class Store:
                     manifest.delete_leftovers(self.folder, step, manifest.attempt(self.folder, step))
                 else:
                     shutil.rmtree(self.folder / str(step), ignore_errors=True)
-        reason = " ".join(str(error).split())[:300] if error else "another process could not write its part"
         have = " ".join(map(str, self.steps())) or "none"
-        return SaveFailed(f"saving checkpoint {step} in {self.folder} failed: {reason}; checkpoints there: {have}")
+        return SaveFailed(
+            f"saving checkpoint {step} in {self.folder} failed: {_reason(error)}; checkpoints there: {have}"
+        )
 
     @staticmethod
     def _provenance() -> dict[str, Any]:
@@ -254,6 +259,18 @@ class Store:
             "git_revision": provenance.git_revision(),
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why a save failed, in the system's words: TensorStore puts its own around them, with the number of the error."""
+    if error is None:
+        return "another process could not write its part"
+    wrapped = re.search(r"os_error_code='(\d+)'", str(error))
+    number = error.errno if isinstance(error, OSError) else int(wrapped[1]) if wrapped else None
+    if number is None:
+        return " ".join(str(error).split())[:300]
+    cure = " (free some, or lower --checkpoint.keep)" if number in FULL else ""
+    return os.strerror(number) + cure
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -141,14 +141,13 @@ def _ranges(config: RunConfig) -> Iterator[str]:
 
 
 def _model(m: ModelConfig) -> Iterator[str]:
-    kv_heads = m.kv_heads or m.heads
+    kv_heads, head_size = m.key_value_heads, m.head_width
     if m.head_size is None and m.embed % m.heads:
         near = _nearest_multiple(m.embed, m.heads)
         yield (
             f"--model.embed={m.embed} does not divide by --model.heads={m.heads}; "
             f"use --model.embed={near}, or set --model.head-size"
         )
-    head_size = m.head_size or m.embed // m.heads
     if m.heads % kv_heads:
         yield (
             f"--model.heads={m.heads} does not divide by --model.kv-heads={kv_heads}; "
@@ -205,7 +204,7 @@ def _training(config: RunConfig) -> Iterator[str]:
 def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
     # optimizer.shard=data on a mesh without a data axis is no mistake: a run may continue on fewer devices.
     m, tp = config.model, spec.sizes["tp"]
-    kv_heads = m.kv_heads or m.heads
+    kv_heads = m.key_value_heads
     for key, size in (("model.heads", m.heads), ("model.mlp", m.mlp)):
         if size % tp:
             yield (

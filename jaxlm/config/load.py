@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from jaxlm.config.errors import UserError
+from jaxlm.config.files import read_limited
 from jaxlm.config.help import render
 from jaxlm.config.schema import RunConfig
 from jaxlm.config.values import BOOL, is_section, option, plain, read, shown, text
@@ -220,13 +221,8 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def _read_recipe(path: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_RECIPE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_RECIPE_BYTES:
-        raise UserError(f"{path} is over {MAX_RECIPE_BYTES} bytes; a recipe is a short YAML file (--config)")
+    unreadable, too_large = "change its permissions", "a recipe is a short YAML file (--config)"
+    raw = read_limited(path, MAX_RECIPE_BYTES, str(path), unreadable=unreadable, too_large=too_large)
     return parse_recipe(raw, keys, str(path))
 
 

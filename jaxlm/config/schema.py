@@ -98,6 +98,16 @@ class ModelConfig:
     router_z_loss: float = 0.0
     """Weight of log(Z)^2 of the router's logits (ST-MoE: 1e-3)."""
 
+    @property
+    def key_value_heads(self) -> int:
+        """kv_heads, where that is set."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """head_size, where that is set."""
+        return self.head_size or self.embed // self.heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from jaxlm.config.errors import CommandError, UserError
+from jaxlm.config.files import write_atomically
 from jaxlm.data import sources, store
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.data.sources import Source
@@ -136,7 +137,7 @@ def _start_or_resume(staging: Path, request: dict[str, Any]) -> None:
     for path in staging.iterdir():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    store.write_atomically(marker, content)
+    write_atomically(marker, content)
 
 
 def _tokenizer(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
@@ -293,7 +294,7 @@ class _ShardWriter:
             file.close()
         entry = {"name": self.name, **self._counts}
         entry |= {f"{kind}_sha256": sha.hexdigest() for kind, sha in self._sha.items()}
-        store.write_atomically(self._folder / f"{self.name}.json", json.dumps(entry).encode())
+        write_atomically(self._folder / f"{self.name}.json", json.dumps(entry))
         return entry
 
 

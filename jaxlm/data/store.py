@@ -10,7 +10,6 @@ Nothing in a folder is trusted: names, sizes and counts are checked when it is o
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt64
 
 from jaxlm.config.errors import UserError
+from jaxlm.config.files import read_limited, write_atomically
 from jaxlm.data import tokenizer as tokenizers
 
 INDEX = "index.json"
@@ -143,16 +143,7 @@ def dtype_for(vocabulary: int) -> np.dtype:
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Write index.json so that it is there whole or not at all."""
     content = json.dumps({"format": FORMAT, **index}, indent=1, sort_keys=True) + "\n"
-    write_atomically(folder / INDEX, content.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_atomically(folder / INDEX, content)
 
 
 def _checked(folder: Path, shard: Shard, kind: str, expected_bytes: int) -> Path:
@@ -170,13 +161,10 @@ def _checked(folder: Path, shard: Shard, kind: str, expected_bytes: int) -> Path
 
 
 def _read_index(path: Path) -> dict[str, Any]:
+    unreadable = "name a folder made by jaxlm.data prepare"
+    content = read_limited(path, MAX_INDEX_BYTES, str(path), unreadable=unreadable, too_large=CURE)
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_INDEX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; name a folder made by jaxlm.data prepare") from None
-    try:
-        index = json.loads(content) if len(content) <= MAX_INDEX_BYTES else None
+        index = json.loads(content)
     except (ValueError, RecursionError):
         index = None
     if not isinstance(index, dict) or index.get("format") != FORMAT:

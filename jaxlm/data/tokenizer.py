@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from jaxlm.config.errors import UserError
+from jaxlm.config.files import read_limited
 
 INFO = "tokenizer_info.json"
 END = "<|endoftext|>"
@@ -250,15 +251,8 @@ def _hugging_face(path: Path, content: bytes, eos: str | None) -> Tokenizer:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        cure = "use bytes, bpe, or the path of a tokenizer.json or .tiktoken file"
-        raise UserError(f"tokenizer file {path} cannot be read: {error.strerror}; {cure}") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise UserError(f"tokenizer file {path} is over {MAX_FILE_BYTES} bytes; is it a tokenizer?")
-    return content
+    cure = "use bytes, bpe, or the path of a tokenizer.json or .tiktoken file"
+    return read_limited(path, MAX_FILE_BYTES, f"tokenizer file {path}", unreadable=cure, too_large="is it a tokenizer?")
 
 
 def _parse(path: Path, content: bytes) -> dict:

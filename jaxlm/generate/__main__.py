@@ -122,7 +122,6 @@ def _runtime(config: RunConfig, spec: MeshSpec) -> "Runtime":
     import jax
 
     from jaxlm.models.attention import choose
-    from jaxlm.models.block import head_size, kv_heads
     from jaxlm.models.runtime import Runtime, compute_dtype
     from jaxlm.parallel import mesh as meshes
     from jaxlm.parallel.rules import layout
@@ -138,13 +137,15 @@ def _runtime(config: RunConfig, spec: MeshSpec) -> "Runtime":
         "reference" if config.attention == "reference" else "auto",
         platform=platform,
         compute_dtype=str(dtype),
-        head_size=head_size(config.model),
+        head_size=config.model.head_width,
         sequence_length=config.data.sequence_length,
         softcap=config.model.attention_softcap,
         cached=True,
     )
     return Runtime(
-        layout=layout(mesh, kv_heads=kv_heads(config.model), variant="decode"), attention=attention.name, dtype=dtype
+        layout=layout(mesh, kv_heads=config.model.key_value_heads, variant="decode"),
+        attention=attention.name,
+        dtype=dtype,
     )
 
 

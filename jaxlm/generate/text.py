@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxlm.config.errors import UserError
+from jaxlm.config.files import read_limited
 
 UNFINISHED = "\ufffd"
 """How bytes that are not (yet) a character decode."""
@@ -81,16 +82,12 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: naming the file and the line.
     """
+    name = f"--prompt-file={path}"
+    raw = read_limited(path, MAX_PROMPT_BYTES, name, unreadable="name a file of prompts", too_large="split it")
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_PROMPT_BYTES + 1)
         text = raw.decode()
-    except OSError as error:
-        raise UserError(f"--prompt-file={path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--prompt-file={path} is not UTF-8 text") from None
-    if len(raw) > MAX_PROMPT_BYTES:
-        raise UserError(f"--prompt-file={path} is over {MAX_PROMPT_BYTES} bytes; split it")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"--prompt-file={path} holds no prompt; write one a line")

@@ -61,7 +61,7 @@ def parameter_count(model: ModelConfig, vocabulary: int) -> int:
     """All parameters, for a vocabulary without padding."""
     embed, (query, kv) = model.embed, _attention_widths(model)
     norm = embed * (2 if model.norm == "layer" else 1)
-    qk_norms = {"none": 0, "head": 2 * _head_size(model), "projection": query + kv}[model.qk_norm]
+    qk_norms = {"none": 0, "head": 2 * model.head_width, "projection": query + kv}[model.qk_norm]
     block = _attention_kernels(model) + _mlp_kernels(model) + qk_norms
     block += norm * (4 if model.norm_placement == "sandwich" else 2)
     block += (query + 2 * kv) * model.qkv_bias + embed * model.output_bias
@@ -78,7 +78,7 @@ def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float
     for window in windows:
         seen = min(window or sequence_length, sequence_length)
         mean_keys += seen - seen * seen / (2 * sequence_length)
-    return 12 * model.heads * _head_size(model) * mean_keys
+    return 12 * model.heads * model.head_width * mean_keys
 
 
 def flops_per_token(model: ModelConfig, vocabulary: int, sequence_length: int) -> float:
@@ -125,14 +125,9 @@ def explain(model: ModelConfig, vocabulary: int, sequence_length: int, device_ki
     )
 
 
-def _head_size(model: ModelConfig) -> int:
-    return model.head_size or model.embed // model.heads
-
-
 def _attention_widths(model: ModelConfig) -> tuple[int, int]:
     """Widths of all queries and of all keys together."""
-    size = _head_size(model)
-    return model.heads * size, (model.kv_heads or model.heads) * size
+    return model.heads * model.head_width, model.key_value_heads * model.head_width
 
 
 def _attention_kernels(model: ModelConfig) -> int:

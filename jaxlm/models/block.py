@@ -43,19 +43,11 @@ class LayerCache(NamedTuple):
         )
 
 
-def head_size(config: ModelConfig) -> int:
-    return config.head_size or config.embed // config.heads
-
-
-def kv_heads(config: ModelConfig) -> int:
-    return config.kv_heads or config.heads
-
-
 class Attention(nnx.Module):
     """Multi-head, grouped-query (Ainslie et al. 2023) or multi-query self-attention."""
 
     def __init__(self, rngs, config: ModelConfig):
-        embed, heads, kv, size = config.embed, config.heads, kv_heads(config), head_size(config)
+        embed, heads, kv, size = config.embed, config.heads, config.key_value_heads, config.head_width
         std, bias = embed**-0.5, config.qkv_bias
         self.config = config
         self.query = Linear(rngs, (embed, heads, size), ("embed", "heads", None), bias=bias, std=std)
@@ -111,7 +103,7 @@ class Attention(nnx.Module):
             kv_segments_BS=tokens.kv_segments_BS,
             q_positions_BT=tokens.positions_BT,
             kv_positions_BS=tokens.kv_positions_BS,
-            scale=config.query_scale or head_size(config) ** -0.5,
+            scale=config.query_scale or config.head_width**-0.5,
             window=window,
             softcap=config.attention_softcap,
             backend=runtime.attention,
@@ -128,7 +120,7 @@ class Attention(nnx.Module):
         else:
             # One product, each kv head's queries beside its key and value: the backward then sums the gradient of x
             # over the devices of tp once, not three times.
-            kv = kv_heads(self.config)
+            kv = self.config.key_value_heads
             group = self.config.heads // kv
 
             def joined(arrays: list[jax.Array]) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config.schema import ModelConfig
-from jaxlm.models.block import Block, Tokens, head_size, kv_heads
+from jaxlm.models.block import Block, Tokens
 from jaxlm.models.layers import Linear, Norm, dropout, normal, parameter
 from jaxlm.models.runtime import Runtime
 from jaxlm.models.stack import run_chunk, run_stack
@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     """A cache for `batch` sequences of up to `slots` tokens."""
-    shape = (config.layers, batch, slots, kv_heads(config), head_size(config))
+    shape = (config.layers, batch, slots, config.key_value_heads, config.head_width)
     return {
         "k": jnp.zeros(shape, dtype),
         "v": jnp.zeros(shape, dtype),

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models import remat
-from jaxlm.models.block import Block, LayerCache, Tokens, head_size
+from jaxlm.models.block import Block, LayerCache, Tokens
 from jaxlm.models.rope import Rotation, rotation
 from jaxlm.models.runtime import Runtime
 
@@ -128,7 +128,7 @@ def _rotations(config: ModelConfig, windows: tuple[int, ...], positions: jax.Arr
     local = config
     if config.rope_local_theta is not None:
         local = replace(config, rope_theta=config.rope_local_theta, rope_scaling="none")
-    return {w: rotation(local if w else config, head_size(config), positions) for w in windows}
+    return {w: rotation(local if w else config, config.head_width, positions) for w in windows}
 
 
 def _unroll(config: ModelConfig, runtime: Runtime) -> int | bool:

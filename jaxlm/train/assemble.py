@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jaxlm.config.checks import pipeline_chunks
 from jaxlm.config.schema import ModelConfig, RunConfig
 from jaxlm.models import attention, build
-from jaxlm.models.block import head_size, kv_heads
 from jaxlm.models.runtime import Runtime, compute_dtype
 from jaxlm.parallel import rules
 from jaxlm.train import optimizer, stages, state
@@ -47,9 +46,9 @@ class Assembly:
         layout = self.runtime.layout
         if layout.mesh.shape["pipeline"] == layout.mesh.shape["context"] == 1:
             return self.runtime
-        other = rules.layout(layout.mesh, kv_heads=kv_heads(self.config.model), variant=variant)
+        other = rules.layout(layout.mesh, kv_heads=self.config.model.key_value_heads, variant=variant)
         if variant == "forward" and self.config.data.batch_size % other.axis_size("batch"):
-            other = rules.layout(layout.mesh, kv_heads=kv_heads(self.config.model), variant="dealt")
+            other = rules.layout(layout.mesh, kv_heads=self.config.model.key_value_heads, variant="dealt")
         return replace(self.runtime, layout=other)
 
     def moved(self, params: build.Params, runtime: Runtime) -> build.Params:
@@ -78,9 +77,9 @@ def assemble(
     device = mesh.devices.flat[0]
     model = build.build(config.model, tokenizer_vocabulary)
     even = pipeline_chunks(config) == 1 and config.model.layers % mesh.shape["pipeline"] == 0
-    layout = rules.layout(mesh, kv_heads=kv_heads(config.model), variant="stages" if even else "dealt")
+    layout = rules.layout(mesh, kv_heads=config.model.key_value_heads, variant="stages" if even else "dealt")
     if not layout.rules["kv_heads"] and mesh.shape["model"] > 1:
-        announce(f"{kv_heads(config.model)} kv heads are kept whole on each of tp{mesh.shape['model']}'s devices")
+        announce(f"{config.model.key_value_heads} kv heads are kept whole on each of tp{mesh.shape['model']}'s devices")
     dtype = compute_dtype(config.precision, device.platform)
     choice = _choose_attention(config, config.model, device, dtype, cut=mesh.shape["context"] > 1)
     if (cuts := mesh.shape["context"]) > 1:
@@ -120,7 +119,7 @@ def _choose_attention(
         config.attention,
         platform=device.platform,
         compute_dtype=str(dtype),
-        head_size=head_size(model),
+        head_size=model.head_width,
         sequence_length=config.data.sequence_length,
         softcap=model.attention_softcap,
         compute_capability=str(device.compute_capability) if device.platform == "gpu" else None,

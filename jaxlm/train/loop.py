@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.checkpoint.manifest import write_atomically
 from jaxlm.checkpoint.store import SaveFailed, Store
 from jaxlm.config.checks import check, profile_window
 from jaxlm.config.errors import Diverged, Preempted
+from jaxlm.config.files import write_atomically
 from jaxlm.config.load import check_run_folder, dump
 from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig

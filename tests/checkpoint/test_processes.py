@@ -1,10 +1,6 @@
 """Two processes of jax.distributed save, restore and fail together."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+from tests.processes import two_ranks
 
 RANK = """
 import sys
@@ -47,27 +43,8 @@ with Store(folder, keep=2) as store:
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(port), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, (out, error) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, error
+    outputs = two_ranks(RANK, str(tmp_path))
+    for out in outputs:
         words = [line.split()[0] for line in out.splitlines() if not line.startswith("[Gloo]")]
         assert words == ["commit", "delete_leftovers"]
-    assert "No space left on device" in outputs[0][0] and "another process" in outputs[1][0]
+    assert "No space left on device" in outputs[0] and "another process" in outputs[1]

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jaxlm.checkpoint import manifest
+from jaxlm.checkpoint import store as stores
 from jaxlm.checkpoint.store import SaveFailed, Store
 from jaxlm.config.errors import UserError
 
@@ -223,16 +224,16 @@ def fail(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("stage", ["commit", "write_atomically"])
+@pytest.mark.parametrize("stage", [(manifest, "commit"), (stores, "write_atomically")], ids=["manifest", "meta"])
 @pytest.mark.parametrize("notice", ["save", "poll", "wait", "close"])
 def test_a_failed_save_is_reported_and_harms_nothing(store, monkeypatch, stage, notice):
     save(store, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, stage, fail)
+        patch.setattr(*stage, fail)
         store.save(2, {"x": jnp.zeros(8)}, {})
         store._pending[1].exception()
     act = {"save": lambda: store.save(3, {"x": jnp.zeros(8)}, {})}.get(notice, lambda: getattr(store, notice)())
-    with pytest.raises(SaveFailed, match=r"checkpoint 2 .*No space left on device; checkpoints there: 1"):
+    with pytest.raises(SaveFailed, match=r"checkpoint 2 .*No space left on device .*; checkpoints there: 1"):
         act()
     assert store.latest_valid(pytest.fail) == 1
     assert not (store.folder / "2").exists()  # its space is given back

@@ -105,7 +105,7 @@ def test_an_index_that_cannot_be(damaged, change):
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"null", b"\xff", b"x" * (2**26 + 2)])
 def test_an_index_that_is_no_index(damaged, content):
     (damaged / "index.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"index\.json is not the index"):
+    with pytest.raises(UserError, match=r"index\.json is (not the index|over \d+ bytes)"):
         TokenFolder(damaged)
     (damaged / "index.json").unlink()
     assert is_token_folder(damaged)  # it must not be taken for a folder of source files

@@ -5,7 +5,6 @@ import numpy as np
 
 from jaxlm.config import mesh_spec
 from jaxlm.config.schema import ModelConfig
-from jaxlm.models.block import kv_heads
 from jaxlm.models.build import Model, Params, build
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import mesh as meshes
@@ -47,7 +46,7 @@ def make(
     """Model, parameters with weights large enough that every token depends on its context, and runtime on `mesh`."""
     spec = mesh_spec.parse(mesh)
     devices = jax.devices()[: spec.device_count]
-    layout = rules.layout(meshes.from_devices(spec, devices), kv_heads=kv_heads(config), variant="decode")
+    layout = rules.layout(meshes.from_devices(spec, devices), kv_heads=config.key_value_heads, variant="decode")
     model = build(config, vocabulary)
     random = np.random.default_rng(3)
 

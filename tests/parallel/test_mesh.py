@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from jaxlm.config.mesh_spec import AXES, parse
 from jaxlm.parallel import mesh as meshes
+from tests.processes import free_port
 
 BUILD = """
 import json, sys
@@ -148,12 +148,6 @@ def test_no_other_processes_is_one_line():
     )
     assert message.count("\n") == 1
     assert "jax.distributed found no other processes" in message and "drop --distributed" in message
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def test_two_processes_make_one_mesh():

@@ -145,7 +145,7 @@ SHAPES = [
 def test_every_parameter_a_rule_means_to_shard_is_sharded(text, config):
     """Each device holds exactly the fraction that the axes of a parameter's dims leave."""
     spec, model = parse(text), MODELS[config]
-    layout = rules.layout(mesh_of(text), kv_heads=config.kv_heads or config.heads)
+    layout = rules.layout(mesh_of(text), kv_heads=config.key_value_heads)
     leaves = jax.tree_util.tree_flatten_with_path(model.abstract)[0]
     dims = dict(jax.tree_util.tree_flatten_with_path(model.dims, is_leaf=lambda x: isinstance(x, tuple))[0])
     refused = []
@@ -158,7 +158,7 @@ def test_every_parameter_a_rule_means_to_shard_is_sharded(text, config):
         ways = 1
         if "embed" in dims[path]:
             ways *= spec.sizes["fsdp"]
-        kept = (config.kv_heads or config.heads) % spec.sizes["tp"] != 0
+        kept = (config.key_value_heads) % spec.sizes["tp"] != 0
         if {"heads", "mlp", "vocab"} & set(dims[path]) or ("kv_heads" in dims[path] and not kept):
             ways *= spec.sizes["tp"]
         assert math.prod(sharding.shard_shape(leaf.shape)) * ways == math.prod(leaf.shape)
