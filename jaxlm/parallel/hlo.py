@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(")
+_END = re.compile(r"^\}(,|\s*$)")
+"""Of a computation; text that a kernel brings along may begin lines with other braces."""
 _CALLED = re.compile(
     r"\b(to_apply|body|condition|calls|true_computation|false_computation|branch_computations|called_computations)="
     r"(?:%?([\w.\-]+)|\{([^}]*)\})"
@@ -136,7 +138,7 @@ def parse(text: str) -> Program:
             name, instructions, parameters, root = header[2], {}, {}, ""
             entry = name if header[1] else entry
             continue
-        if line.startswith("}") and name:
+        if name and _END.match(line):
             ordered = [parameters[i] for i in sorted(parameters)]
             computations[name] = Computation(instructions, ordered, root or next(reversed(instructions), ""))
             name = ""

@@ -107,6 +107,21 @@ def test_branches_inside_loops_multiply():
     assert found(branching, mesh, P(), P(), 5) == [("all-reduce", "tp", 6, 120)]
 
 
+def test_text_of_a_kernel_ends_no_computation():
+    """As Splash attention's, whose metadata has lines of its own."""
+    hlo = """HloModule m
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4] parameter(0)
+  %kernel = f32[4] custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": 128
+}}, metadata={op_name="kernel"}
+  ROOT %sum = f32[4] all-reduce(%kernel), replica_groups={{0,1}}, to_apply=%add
+}
+"""
+    assert [(c.kind, c.bytes) for c in collectives(hlo, mesh_of("dp2"))] == [("all-reduce", 16)]
+
+
 def test_none():
     assert found(lambda x: x * 2.0, mesh_of("dp8"), P("data"), P("data"), 8) == []
 
