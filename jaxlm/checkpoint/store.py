@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
 from jaxlm.checkpoint import manifest, provenance
 from jaxlm.config.cli import FULL
@@ -47,7 +46,6 @@ class Store:
             raise UserError(f"run folder {str(folder)!r}: checkpoints need a file system, not a bucket (--run)")
         if keep < 0 or keep_every < 0:
             raise UserError(f"checkpoint.keep={keep} and keep_every={keep_every} must be 0 or more (--checkpoint.keep)")
-        _say_errors_once()
         self.folder = Path(folder).absolute()
         self.keep, self.keep_every = keep, keep_every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -83,6 +81,7 @@ class Store:
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
         number = self._prepare(step)
         data = manifest.save_folder(self.folder, step, number)
+        ocp = _orbax()
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights shrink by 8%, and saving takes ten times as long
         try:
@@ -162,6 +161,7 @@ class Store:
         stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
         number = manifest.attempt(self.folder, step)
         if stored:
+            ocp = _orbax()
             context = ocp.Context()
             context.pytree.loading.partial_load = partial
             with context:
@@ -288,8 +288,13 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 @functools.cache
-def _say_errors_once() -> None:
-    """Orbax hands a failed write to whoever waits for it, and logs and raises it in its thread too: drop those two."""
+def _orbax() -> Any:
+    """The library, imported with the first save or restore: a run starts sooner without.
+
+    It hands a failed write to whoever waits for it, and logs and raises it in its thread too: those two are dropped.
+    """
+    from orbax.checkpoint import v1 as ocp
+
     show = threading.excepthook
 
     def show_others(error: threading.ExceptHookArgs) -> None:
@@ -298,6 +303,7 @@ def _say_errors_once() -> None:
 
     threading.excepthook = show_others
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
+    return ocp
 
 
 def _any_process(flag: bool) -> bool:

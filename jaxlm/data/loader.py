@@ -13,9 +13,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Sharding
@@ -24,6 +23,9 @@ from jaxlm.config.errors import UserError
 from jaxlm.config.schema import DataConfig
 from jaxlm.data.corpus import Corpora, SplitName
 from jaxlm.data.packing import Packing
+
+if TYPE_CHECKING:
+    import grain
 
 Batch = dict[str, np.ndarray]
 """tokens, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]."""
@@ -43,7 +45,7 @@ class Loader:
         """Rows of all corpora together; an epoch has each once (with data.weights: as many, in those shares)."""
         # Held-out order is not the seed's business: runs with other seeds are evaluated on the same samples.
         seed = config.seed if split == "train" else 0
-        self._order = _order(self._first_rows, [c.weight for c in used if c.weight is not None], seed)
+        self._weights, self._seed = [c.weight for c in used if c.weight is not None], seed
 
     def rows(self, position: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the batch whose first sample is number `position`."""
@@ -74,6 +76,10 @@ class Loader:
         rows = self._rows(position, count)
         corpora = [bisect.bisect_right(self._first_rows, row) - 1 for row in rows]
         return [f"{self._names[c]}:{row - self._first_rows[c]}" for c, row in zip(corpora, rows, strict=True)]
+
+    @functools.cached_property
+    def _order(self) -> "grain.MapDataset":
+        return _order(self._first_rows, self._weights, self._seed)
 
     def _rows(self, position: int, count: int) -> list[int]:
         return [int(self._order[i]) for i in range(position, position + count)]
@@ -219,8 +225,10 @@ class _Shuffled:
         return self._rows[self._epoch(epoch)[i]]
 
 
-def _order(first_rows: list[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+def _order(first_rows: list[int], weights: Sequence[float], seed: int) -> "grain.MapDataset":
     """Sample number -> row, counted through all corpora. Each epoch has its own order."""
+    import grain
+
     ranges = [range(*pair) for pair in zip(first_rows[:-1], first_rows[1:], strict=True)]
     if not weights:
         ranges = [range(first_rows[0], first_rows[-1])]

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from jaxlm.metrics.trackers import Tracker
 from jaxlm.parallel import mesh as meshes
 from jaxlm.train import resume
 from jaxlm.train.assemble import Assembly, assemble
+from jaxlm.train.beside import beside, import_later_needs
 from jaxlm.train.evaluate import Evaluator
 from jaxlm.train.faults import StopRequest, alone, check_streak
 from jaxlm.train.meter import Meter
@@ -64,7 +66,11 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
     say(f"unigram entropy {entropy:.3f} nats a token: the loss of guessing by frequency alone")
     assembly = assemble(config, mesh, corpora.tokenizer.vocabulary_size, say)
     with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every) as store:
-        start = resume.begin(assembly, store, resume.choose(store, config.resume, say))
+        step = resume.choose(store, config.resume, say)
+        # XLA compiles the step on one core while the state is made, or read, on another.
+        compiling = None if (step or 0) >= config.train.steps else beside(assembly.compile, say)
+        beside(import_later_needs)
+        start = resume.begin(assembly, store, step)
         events = Events(folder, write=first)
         tracker = Tracker(
             folder,
@@ -75,7 +81,7 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
             write=first,
         )
         with tracker, events, Progress(config.train.steps, start=start.step, show=first) as progress:
-            Run(assembly, corpora, loader, store, tracker, events, progress, folder, spec).train(start)
+            Run(assembly, corpora, loader, store, tracker, events, progress, folder, spec).train(start, compiling)
 
 
 class Run:
@@ -107,13 +113,16 @@ class Run:
             held_out = Loader(corpora, self.config.data, "validation")
             self.evaluate = Evaluator(assembly, held_out)
 
-    def train(self, start: resume.Start) -> None:
-        """From `start` to the last step, then the final save, evaluation and sample."""
+    def train(self, start: resume.Start, compiling: Future[Any] | None) -> None:
+        """From `start` to the last step, then the final save, evaluation and sample.
+
+        `compiling` will be the compiled step and the seconds that took; None where all steps are done.
+        """
         config, progress = self.config, self.progress
         state, self.position, self.seen_tokens = start.state, start.position, start.seen_tokens
         if start.step:
             progress.say(f"continuing from step {start.step}, {self.position:,} samples in, on mesh {self.mesh}")
-        if start.step >= config.train.steps:
+        if compiling is None:
             progress.say(f"{start.step} steps are done, --train.steps={config.train.steps}; raise it to go on")
             self._claim(start.step)
             if not self._ended(start.step):  # stopped after the last save, before the rest of the end
@@ -121,9 +130,8 @@ class Run:
             return
         if config.profile.steps and profile_window(config.profile.steps)[1] <= start.step:
             progress.say(f"--profile.steps={config.profile.steps} is over before step {start.step + 1}: no profile")
-        began = time.perf_counter()
-        compiled = self.assembly.compile(progress.say)
-        progress.say(f"compiled in {time.perf_counter() - began:.1f} s; {self.meter.formula}")
+        compiled, seconds = compiling.result()
+        progress.say(f"compiled in {seconds:.1f} s; {self.meter.formula}")
         self._claim(start.step)
         with StopRequest() as stop:
             state = self._steps(compiled, state, start.step, stop)

@@ -165,8 +165,8 @@ def test_a_step_is_dispatched_before_the_last_one_is_read(corpus: Path, tmp_path
     log: list[tuple[str, int]] = []
     compile_, read_ = Assembly.compile, loop.Run._read
 
-    def recorded(self: Assembly):
-        compiled = compile_(self)
+    def recorded(self: Assembly, announce):
+        compiled = compile_(self, announce)
 
         def dispatch(state, batch):
             log.append(("dispatch", 1 + sum(kind == "dispatch" for kind, _ in log)))
@@ -301,7 +301,7 @@ def test_the_preview_of_a_large_recipe_needs_no_data(capsys: pytest.CaptureFixtu
 
 
 def test_a_run_that_does_not_compile_leaves_the_folder_to_the_next(corpus: Path, tmp_path: Path, monkeypatch) -> None:
-    def fails(self):
+    def fails(self, announce):
         raise UserError("cannot be sharded")
 
     quick = {"train__steps": 2, "eval__every": 0, "eval__sample_tokens": 0}

@@ -3,10 +3,10 @@
 Legend: B batch, T length, N query heads, K kv heads, H head size.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
 from jaxlm.models.attention.xla import SAVED_NAME
@@ -48,13 +48,17 @@ def splash_attention(
 
     Blocks that causality or the window hides are skipped; segments mask inside the others.
     """
+    # Here, because importing Pallas takes as long as a tenth of a start.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     length = q_BTNH.shape[1]
     mask = masks.LocalMask((length, length), (window - 1, 0), 0) if window else masks.CausalMask((length, length))
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * q_BTNH.shape[2]),
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=_splash_blocks(length),
+        block_sizes=splash.BlockSizes(**_splash_blocks(length)),
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name=SAVED_NAME,
         interpret=interpret,
@@ -64,10 +68,10 @@ def splash_attention(
     return o_BNTH.transpose(0, 2, 1, 3)
 
 
-def _splash_blocks(length: int) -> splash.BlockSizes:
+def _splash_blocks(length: int) -> dict[str, Any]:
     """The largest multiple of the TPU's lanes, up to SPLASH_BLOCK, that divides the length."""
     block = max(size for size in range(SPLASH_LANES, SPLASH_BLOCK + 1, SPLASH_LANES) if length % size == 0)
-    return splash.BlockSizes(
+    return dict(  # of splash.BlockSizes
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
