@@ -25,11 +25,14 @@ from jaxlm.config.values import option
 from jaxlm.data.__main__ import Prepare, Show
 from jaxlm.generate.__main__ import GenerateConfig
 from jaxlm.metrics.__main__ import Options
+from jaxlm.parallel.schedules import __main__ as schedules
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 SLOW = {
+    "--mesh=rep2,fsdp2": "explains what sharding.md does for another mesh",
+    "--mesh=cp2,dp2": "another of many small trainings",
     "--config=llama3_8b_fsdp32tp2_h100 --no-distributed": "compiles 8 billion parameters for 64 devices",
     "--optimizer.name=lion": "another of many small trainings",
     "--data.path=docs,README.md": "trains a tokenizer and a model",
@@ -60,7 +63,8 @@ fi
 exec "{python}" "$@"
 """
 
-OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, checkpoint.List, checkpoint.Show, checkpoint.Verify]
+OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, schedules.Options]
+OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify]
 """What the verbs understand."""
 
 MISTAKES = {"--optimizer.learningrate"}
