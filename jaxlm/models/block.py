@@ -14,8 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models.attention import attend
+from jaxlm.models.experts import Experts
 from jaxlm.models.layers import Identity, Linear, Mlp, Norm, affine, dropout
 from jaxlm.models.rope import Rotation, rotate
+from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 
 
@@ -146,7 +148,10 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the norms stand before, after or around each."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the norms stand before, after or around each.
+
+    Beside x it returns the cache, and of a mixture of experts the load.
+    """
 
     def __init__(self, rngs, config: ModelConfig):
         self.rate = config.dropout
@@ -158,7 +163,7 @@ class Block(nnx.Module):
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
         self.attention = Attention(rngs, config)
         self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
-        self.mlp = Mlp(rngs, config)
+        self.mlp = Experts(rngs, config) if config.experts else Mlp(rngs, config)
 
     def __call__(
         self,
@@ -170,13 +175,18 @@ class Block(nnx.Module):
         turn: Rotation | None = None,
         cache: LayerCache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Load | None]:
         keys = (None, None) if key is None else jax.random.split(key)
         a, cache = self.attention(
             self.attention_norm(x, runtime), tokens, runtime, window=window, turn=turn, cache=cache
         )
         a = checkpoint_name(a, "attention_out")
         x = x + dropout(self.attention_post_norm(a, runtime), self.rate, keys[0])
-        m = checkpoint_name(self.mlp(self.mlp_norm(x, runtime), runtime), "mlp_out")
+        m, load = self.mlp_norm(x, runtime), None
+        if isinstance(self.mlp, Experts):
+            m, load = self.mlp(m, tokens.segments_BT, runtime, drop=cache is None)
+        else:
+            m = self.mlp(m, runtime)
+        m = checkpoint_name(m, "mlp_out")
         x = x + dropout(self.mlp_post_norm(m, runtime), self.rate, keys[1])
-        return runtime.layout.constrain(x, "batch", "sequence", None), cache
+        return runtime.layout.constrain(x, "batch", "sequence", None), cache, load

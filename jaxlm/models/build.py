@@ -43,13 +43,18 @@ class Model:
 
     def hidden(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
         """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`."""
+        return self.forward(params, batch, runtime, key)[0]
+
+    def forward(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
+        """As `hidden`, and the loads [L, ...] of a mixture of experts (`models.router.Load`), None of another model."""
         decoder = nnx.merge(self.graph, params)
-        return decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, key=key)[0]
+        x_BTD, _, loads = decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, key=key)
+        return x_BTD, loads
 
     def decode(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, cache: Cache):
         """As `hidden`, with the keys and values of earlier calls in `cache`; returns the cache too."""
         decoder = nnx.merge(self.graph, params)
-        return decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, cache=cache)
+        return decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, cache=cache)[:2]
 
     def embed(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
         """What the first block reads [B, T, D]: where a pipeline begins."""
@@ -67,7 +72,7 @@ class Model:
         ragged: bool,
         key: jax.Array | None = None,
     ):
-        """`x_BTD` after the blocks in `params`, which are those of `numbers_L`: a stage of a pipeline."""
+        """`x_BTD` after the blocks in `params`, those of `numbers_L`, and their loads: a stage of a pipeline."""
         decoder = nnx.merge(self.graph, params)
         segments, positions = batch["segment_ids"], batch["positions"]
         return decoder.run_chunk(numbers_L, x_BTD, segments, positions, runtime, ragged=ragged, key=key)

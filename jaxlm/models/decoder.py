@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models.block import Block, Tokens
 from jaxlm.models.layers import Linear, Norm, dropout, normal, parameter
+from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.models.stack import run_chunk, run_stack
 from jaxlm.parallel.rules import axes_of
@@ -83,15 +84,16 @@ class Decoder(nnx.Module):
         *,
         key: jax.Array | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states after the final norm, and the cache with this call's keys and values in it."""
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Load | None]:
+        """Hidden states after the final norm, the cache with this call's keys and values in it, and the loads [L, ...]
+        of a mixture of experts."""
         x = self.embed(tokens_BT, positions_BT, runtime, key=key)
         where = Tokens(positions_BT, segments_BT)
         if cache is not None:
             cache = _append_tokens(cache, positions_BT, segments_BT)
             where = Tokens(positions_BT, segments_BT, cache["positions"], cache["segments"])
-        x, cache = run_stack(self.blocks, self.config, x, where, runtime, key=key, cache=cache)
-        return self.final_norm(x, runtime), cache
+        x, cache, loads = run_stack(self.blocks, self.config, x, where, runtime, key=key, cache=cache)
+        return self.final_norm(x, runtime), cache, loads
 
     def embed(
         self,
@@ -121,7 +123,7 @@ class Decoder(nnx.Module):
         *,
         ragged: bool,
         key: jax.Array | None = None,
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], Load | None]:
         """Only the blocks that this decoder was given, which are those of `numbers_L`: a stage of a pipeline."""
         where = Tokens(positions_BT, segments_BT)
         return run_chunk(self.blocks, self.config, numbers_L, x_BTD, where, runtime, ragged=ragged, key=key)

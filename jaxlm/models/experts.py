@@ -97,7 +97,9 @@ class Experts(nnx.Module):
         (batch, length, embed), cut = x_BTD.shape, layout.manual_axes("mlp")
         real_BT, x_ND = segments_BT != 0, x_BTD.reshape(-1, embed)
         kernel_DE = runtime.whole(values["router"], dims["router"], jnp.float32)
-        routing = route(x_ND, kernel_DE, values.get("routing_bias"), real_BT.reshape(-1), config)
+        bias_E = values.get("routing_bias")
+        bias_E = None if bias_E is None else bias_E.astype(jnp.float32)
+        routing = route(x_ND, kernel_DE, bias_E, real_BT.reshape(-1), config)
         load = measure(routing, real_BT, config, layout.manual_axes("sequence"))
 
         def parameters() -> dict[str, jax.Array]:

@@ -38,10 +38,10 @@ class Load(NamedTuple):
     """Choices that found their expert's capacity used up."""
 
     @classmethod
-    def none(cls, experts: int) -> "Load":
-        """Of a layer that routed nothing."""
-        zero = jnp.zeros((), jnp.float32)
-        return cls(zero, zero, jnp.zeros((experts,), jnp.float32), zero)
+    def none(cls, config: ModelConfig, *layers: int) -> "Load | None":
+        """Of a layer, or so many, that routed nothing; None where there are no experts."""
+        zeros = jnp.zeros(layers, jnp.float32)
+        return cls(zeros, zeros, jnp.zeros((*layers, config.experts), jnp.float32), zeros) if config.experts else None
 
 
 def route(

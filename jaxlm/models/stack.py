@@ -17,6 +17,7 @@ from jaxlm.config.schema import ModelConfig
 from jaxlm.models import remat
 from jaxlm.models.block import Block, LayerCache, Tokens
 from jaxlm.models.rope import Rotation, rotation
+from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 
 MOST_UNROLLED = 4
@@ -32,8 +33,11 @@ def run_stack(
     *,
     key: jax.Array | None,
     cache: dict[str, Any] | None,
-) -> tuple[jax.Array, dict[str, Any] | None]:
-    """Scan over the layers, a whole period of the window pattern at a turn, so that every window is static."""
+) -> tuple[jax.Array, dict[str, Any] | None, Load | None]:
+    """Scan over the layers, a whole period of the window pattern at a turn, so that every window is static.
+
+    Returns x, the cache, and of a mixture of experts the layers' loads, [L, ...].
+    """
     graph, stacked = nnx.split(blocks)
     windows = config.windows or (0,)
     period = len(windows)
@@ -46,8 +50,8 @@ def run_stack(
         layer_key = None if key is None else jax.random.fold_in(key, layer)
         # Picking happens where weights are used: slices made out here would be kept, whole, for the backward pass.
         own = replace(runtime, pick=i) if picked else runtime
-        x, layer_cache = block(x, where, own, window=window, turn=turns[window], cache=layer_cache, key=layer_key)
-        return x, None if layer_cache is None else tuple(layer_cache[:2])
+        x, layer_cache, load = block(x, where, own, window=window, turn=turns[window], cache=layer_cache, key=layer_key)
+        return x, (None if layer_cache is None else tuple(layer_cache[:2]), load)
 
     whole = config.layers // period * period
 
@@ -74,9 +78,10 @@ def run_stack(
         number, rest = jax.tree.map(lambda a, i=i: a[i], xs[1:])
         x, last = layer(i, picked=True, scanned=False)(stacked, x, number, rest)
         out = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), out, last)
+    kv, loads = out
     if cache is None:
-        return x, None
-    return x, cache | {"k": out[0], "v": out[1], "length": cache["length"] + where.positions_BT.shape[1]}
+        return x, None, loads
+    return x, cache | {"k": kv[0], "v": kv[1], "length": cache["length"] + where.positions_BT.shape[1]}, loads
 
 
 def run_chunk(
@@ -89,36 +94,39 @@ def run_chunk(
     *,
     ragged: bool,
     key: jax.Array | None,
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "B T D"], Load | None]:
     """The blocks that a pipeline's stage holds; `numbers_L` are their places in the model, known only as it runs.
 
     Where the model does not divide over its stages (`ragged`), a number of -1 marks a layer that is not there: it hands
-    x on.
+    x on. The loads [L, ...] of a mixture of experts come in the order of `numbers_L`.
     """
     graph, stacked = nnx.split(blocks)
     windows = config.windows or (0,)
     turns = _rotations(config, windows, where.positions_BT)
 
     def block(window: int) -> Callable:
-        def apply(params, x: jax.Array, number: jax.Array) -> jax.Array:
+        def apply(params, x: jax.Array, number: jax.Array) -> tuple[jax.Array, Load | None]:
             layer_key = None if key is None else jax.random.fold_in(key, number)
-            return nnx.merge(graph, params)(x, where, runtime, window=window, turn=turns[window], key=layer_key)[0]
+            run = nnx.merge(graph, params)
+            x, _, load = run(x, where, runtime, window=window, turn=turns[window], key=layer_key)
+            return x, load
 
         return remat.checkpoint(apply, runtime, scanned=True)
 
     # Every kind of layer that there is, compiled once each: which one a stage runs depends on the stage.
     kinds = sorted(set(windows))
     kind_of_layer = jnp.asarray([kinds.index(windows[i % len(windows)]) for i in range(config.layers)], jnp.int32)
-    branches = [*(block(window) for window in kinds), *([lambda params, x, number: x] if ragged else [])]
+    idle = Load.none(config)
+    branches = [*(block(window) for window in kinds), *([lambda params, x, number: (x, idle)] if ragged else [])]
 
-    def layer(x: jax.Array, xs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+    def layer(x: jax.Array, xs: tuple[Any, jax.Array]) -> tuple[jax.Array, Load | None]:
         params, number = xs
         if len(branches) == 1:
-            return branches[0](params, x, number), None
+            return branches[0](params, x, number)
         kind = jnp.where(number < 0, len(kinds), kind_of_layer[jnp.maximum(number, 0)])
-        return jax.lax.switch(kind, branches, params, x, number), None
+        return jax.lax.switch(kind, branches, params, x, number)
 
-    return jax.lax.scan(layer, x_BTD, (stacked, numbers_L))[0]
+    return jax.lax.scan(layer, x_BTD, (stacked, numbers_L))
 
 
 def _rotations(config: ModelConfig, windows: tuple[int, ...], positions: jax.Array) -> dict[int, Rotation | None]:

@@ -266,6 +266,12 @@ class _Engine:
         return (self.stage == self.table.stages - 1) & (chunk == self.table.chunks - 1)
 
 
+def in_layer_order(statistics: Tree, numbers: np.ndarray, layers: int) -> Tree:
+    """A stage's statistics of its layers, [C, K, ...], in their places among all layers, where the others are zeros."""
+    own = jnp.asarray(np.where(numbers < 0, layers, numbers))[jax.lax.axis_index(AXIS)]
+    return jax.tree.map(lambda a: jnp.zeros((layers, *a.shape[2:]), a.dtype).at[own].set(a, mode="drop"), statistics)
+
+
 def scattered(held: PartitionSpec, wanted: PartitionSpec, automatic: Collection[str]) -> PartitionSpec:
     """What `reduce_gradients` can make of `wanted`: `held` where it would scatter a dim that an automatic axis cuts."""
     mixed = (

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxlm.config.checks import pipeline_chunks, pipeline_microbatches
 from jaxlm.config.schema import RunConfig
 from jaxlm.models.build import Model
+from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import pipeline
 from jaxlm.parallel.rules import Layout, cut_by
@@ -45,8 +46,9 @@ def gradients(
     key: jax.Array | None,
     share: jax.Array,
     shardings: Any,
-) -> tuple[Any, jax.Array]:
-    """Float32 gradients of the loss sum times `share`, placed as `shardings`, and the loss sum.
+) -> tuple[Any, tuple[jax.Array, Load | None]]:
+    """Float32 gradients of the loss sum times `share`, placed as `shardings`; the loss sum, and the loads [L, ...] of
+    a mixture of experts.
 
     Args:
         batch: arrays [M, B / M, T].
@@ -73,14 +75,15 @@ def gradients(
             batch = batch | {"microbatch": jnp.arange(plan.microbatches, dtype=jnp.int32)}
         (chunks, shared), back = jax.vjp(lambda params: pipeline.cut_weights(params, held, numbers, automatic), params)
         parts = _parts(model, shared | {"blocks": chunks}, inner, config, key, ragged=bool((numbers < 0).any()))
-        dchunks, dshared, total, _ = pipeline.gradients(plan, parts, chunks, shared, numbers, batch, share)
+        dchunks, dshared, total, loads = pipeline.gradients(plan, parts, chunks, shared, numbers, batch, share)
         (grads,) = back(jax.tree.map(lambda g, w: g.astype(w.dtype), (dchunks, dshared), (chunks, shared)))
         grads = pipeline.reduce_gradients(grads, held, wanted, [a for a in axes if mesh.shape[a] > 1], automatic)
-        return grads, jax.lax.psum(total, axes)
+        loads = pipeline.in_layer_order(loads, numbers, model.config.layers)
+        return grads, jax.lax.psum((total, loads), axes)
 
     rows = cut_by(layout.spec((None, "batch", "sequence")), manual)
     whole = PartitionSpec()
-    grads, total = jax.shard_map(
+    grads, sums = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(by_hand(held), rows, whole, whole),
@@ -88,7 +91,7 @@ def gradients(
         axis_names=manual,
         check_vma=False,
     )(params, batch, share, key)
-    return jax.lax.with_sharding_constraint(grads, shardings), total
+    return jax.lax.with_sharding_constraint(grads, shardings), sums
 
 
 def _parts(
@@ -100,8 +103,9 @@ def _parts(
         return None if key is None else jax.random.fold_in(key, batch["microbatch"])
 
     def chunk(blocks, numbers, x, batch):
-        y = model.chunk(whole | {"blocks": blocks}, numbers, x, batch, runtime, ragged=ragged, key=own_key(batch))
-        return (y, jnp.zeros((), jnp.float32)), ()
+        params = whole | {"blocks": blocks}
+        y, loads = model.chunk(params, numbers, x, batch, runtime, ragged=ragged, key=own_key(batch))
+        return (y, jnp.zeros((), jnp.float32) if loads is None else loads.loss.sum()), loads
 
     def first(shared, batch):
         return model.embed(whole | shared, batch, runtime, own_key(batch))

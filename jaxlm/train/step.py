@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.config.schema import RunConfig
 from jaxlm.models.build import Model
+from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import flags
-from jaxlm.train import stages
+from jaxlm.train import balance, stages
 from jaxlm.train.loss import token_losses
 from jaxlm.train.state import State, StatePlan
 
@@ -51,15 +52,16 @@ def loss_sums(
     *,
     key: jax.Array | None = None,
     plain: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """The loss summed over the counted tokens, and their number (float32 scalars).
+) -> tuple[jax.Array, jax.Array, Load | None]:
+    """The loss summed over the counted tokens, their number (float32 scalars), and the loads of a mixture of experts.
 
     Args:
         key: of dropout; None in evaluation.
-        plain: cross-entropy alone, without z-loss and label smoothing (what evaluation reports).
+        plain: cross-entropy alone, without z-loss, label smoothing and what routing adds (what evaluation reports).
     """
-    x_BTD = model.hidden(params, batch, runtime, key)
-    return token_losses(model, params, x_BTD, batch, runtime, config, plain=plain)
+    x_BTD, loads = model.forward(params, batch, runtime, key)
+    total, count = token_losses(model, params, x_BTD, batch, runtime, config, plain=plain)
+    return total if plain or loads is None else total + loads.loss.sum(), count, loads
 
 
 def gradients(
@@ -72,8 +74,9 @@ def gradients(
     key: jax.Array | None = None,
     scale: jax.Array | None = None,
     shardings: Any,
-) -> tuple[Any, jax.Array, jax.Array]:
-    """Gradients of the mean loss (each token counted once, however the batch is cut), the loss sum and the token count.
+) -> tuple[Any, jax.Array, jax.Array, Load | None]:
+    """Gradients of the mean loss (each token counted once, however the batch is cut), the loss sum, the token count and
+    the loads of a mixture of experts.
 
     With microbatches, gradients are accumulated in float32 where `shardings` puts them. `scale` multiplies the loss
     of the backward pass and is divided out again: what float16 needs to keep small gradients.
@@ -83,14 +86,13 @@ def gradients(
     if runtime.layout.mesh.shape["pipeline"] > 1:
         parts = stages.table(config, runtime.layout).microbatches
         batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
-        grads, total = stages.gradients(
-            model, params, batch, runtime, config, key=key, share=share, shardings=shardings
-        )
+        run = stages.gradients
     else:
-        grads, total = _accumulated(model, params, batch, runtime, config, key=key, share=share, shardings=shardings)
+        run = _accumulated
+    grads, sums = run(model, params, batch, runtime, config, key=key, share=share, shardings=shardings)
     if scale is not None:
         grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
-    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), total, count
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums[0], count, sums[1]
 
 
 def _accumulated(
@@ -103,17 +105,17 @@ def _accumulated(
     key: jax.Array | None,
     share: jax.Array,
     shardings: Any,
-) -> tuple[Any, jax.Array]:
-    """Gradients of the loss sum times `share`, one microbatch after the other, and the loss sum."""
+) -> tuple[Any, tuple[jax.Array, Load | None]]:
+    """Gradients of the loss sum times `share`, one microbatch after the other; the loss sum, and the loads."""
     parts = config.train.microbatches
 
-    def scaled_loss(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        total, _ = loss_sums(model, params, part, runtime, config, key=key)
-        return total * share, total
+    def scaled_loss(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, Load | None]]:
+        total, _, loads = loss_sums(model, params, part, runtime, config, key=key)
+        return total * share, (total, loads)
 
-    def one(part: Batch, key: jax.Array | None) -> tuple[Any, jax.Array]:
-        grads, total = jax.grad(scaled_loss, has_aux=True)(params, part, key)
-        return jax.lax.with_sharding_constraint(grads, shardings), total
+    def one(part: Batch, key: jax.Array | None) -> tuple[Any, tuple[jax.Array, Load | None]]:
+        grads, sums = jax.grad(scaled_loss, has_aux=True)(params, part, key)
+        return jax.lax.with_sharding_constraint(grads, shardings), sums
 
     if parts == 1:
         return one(batch, key)
@@ -125,7 +127,8 @@ def _accumulated(
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
 
     zeros = jax.tree.map(lambda p, s: jnp.zeros(p.shape, jnp.float32, device=s), params, shardings)
-    return jax.lax.scan(accumulate, (zeros, jnp.float32(0)), (batch, jnp.arange(parts)))[0]
+    start = (zeros, (jnp.float32(0), Load.none(model.config, model.config.layers)))
+    return jax.lax.scan(accumulate, start, (batch, jnp.arange(parts)))[0]
 
 
 def _microbatches(x: jax.Array, parts: int, runtime: Runtime) -> jax.Array:
@@ -155,7 +158,7 @@ def train_step(
         if model.config.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state["step"])
         batch = runtime.arrange(batch)
-        grads, total, count = gradients(
+        grads, total, count, loads = gradients(
             model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients
         )
         norm = optax.tree.norm(grads)
@@ -163,6 +166,8 @@ def train_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
         tried = {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
+        if loads is not None and model.config.balance_rate:
+            tried["params"] = balance.rebalanced(tried["params"], loads, model.config.balance_rate)
         kept = {name: state[name] for name in tried}
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), tried, kept)
         bad = jnp.where(finite, 0, 1)
@@ -179,6 +184,8 @@ def train_step(
             "skipped_steps": new["skipped"],
             "streak": new["streak"],
         }
+        if loads is not None:
+            metrics |= balance.summary(loads, model.config)
         if keep_gradients:
             metrics["gradients"] = grads
         return new, metrics
@@ -226,7 +233,7 @@ def eval_step(
 
     def step(params: Any, batch: Batch, byte_lengths: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch = runtime.arrange(batch)
-        total, count = loss_sums(model, params, batch, runtime, config, plain=True)
+        total, count, _ = loss_sums(model, params, batch, runtime, config, plain=True)
         size = (byte_lengths[batch["targets"]].astype(jnp.float32) * batch["loss_mask"]).sum()
         return total, count, size
 
