@@ -165,6 +165,11 @@ def _model(m: ModelConfig) -> Iterator[str]:
         )
     if len(m.windows) > m.layers:
         yield f"--model.windows has {len(m.windows)} lengths for --model.layers={m.layers}; give {m.layers} or fewer"
+    if 0 < m.experts < m.experts_per_token:
+        yield (
+            f"--model.experts-per-token={m.experts_per_token} is more than --model.experts={m.experts}; "
+            f"use --model.experts-per-token={m.experts} or --model.experts={m.experts_per_token}"
+        )
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -217,6 +222,7 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
             f"use tp{_nearest_divisor(kv_heads, tp)}"
         )
     yield from _context(config, spec)
+    yield from _experts(m, spec)
     ways, parts, kind = data_ways(spec), config.train.microbatches, "microbatches"
     if spec.sizes["pp"] > 1:
         parts, kind = pipeline_microbatches(config, spec.sizes["pp"], ways), "pipeline microbatches"
@@ -245,6 +251,25 @@ def _context(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
         yield (
             f"--context.method=ulysses exchanges heads: --model.heads={heads} does not divide by cp {cp} x tp "
             f"{spec.sizes['tp']} = {ways}; use --context.method=ring or --model.heads={_nearest_multiple(heads, ways)}"
+        )
+
+
+def _experts(m: ModelConfig, spec: MeshSpec) -> Iterator[str]:
+    ep, cp = spec.sizes["ep"], spec.sizes["cp"]
+    if ep > 1 and not m.experts:
+        yield (
+            f"ep {ep} of mesh {spec} deals out experts, and --model.experts=0 has none; "
+            f"use --model.experts={_nearest_multiple(8, ep)}, or dp{ep} in its place"
+        )
+    elif m.experts % ep:
+        yield (
+            f"--model.experts={m.experts} does not divide by ep {ep} of mesh {spec}; "
+            f"use --model.experts={_nearest_multiple(m.experts, ep)} or ep{_nearest_divisor(m.experts, ep)}"
+        )
+    if m.capacity_factor and cp > 1:
+        yield (
+            f"--model.capacity-factor={m.capacity_factor:g} takes the tokens of a sequence in their order, and cp {cp} "
+            f"of mesh {spec} cuts sequences; use --model.capacity-factor=0, or dp{cp} in its place"
         )
 
 

@@ -43,6 +43,7 @@ NEEDS = (
         "model.experts",
         *_POSITIVE,
     ),
+    Need(("model.balance_rate",), "model.router", *_one_of("sigmoid")),
     Need(("data.weights",), "data.path", "two corpora or more", lambda path: len(path) > 1),
     Need(("data.vocabulary",), "data.tokenizer", *_one_of("bpe")),
     Need(("optimizer.beta1",), "optimizer.name", *_one_of("adamw", "lion", "muon", "sgd")),

@@ -164,14 +164,16 @@ class Generator:
         return -(-prompts // ways) * ways
 
     def _in_compute_dtype(self, params: Params) -> Params:
-        """Matrices cast once rather than for every token; vectors stay as they are, for norms compute in float32."""
+        """Matrices cast once rather than for every token; vectors and routers stay as they are, for norms and the
+        choice of experts compute in float32."""
         dtype = self.runtime.dtype
 
-        def matrix(dims: tuple[str | None, ...]) -> bool:
-            return len([dim for dim in dims if dim != "layers"]) > 1
+        def one(path: tuple, p: jax.Array, dims: tuple[str | None, ...]) -> jax.Array:
+            matrix = len([dim for dim in dims if dim != "layers"]) > 1
+            return p.astype(dtype) if matrix and "router" not in [key.key for key in path] else p
 
         def cast(params: Params) -> Params:
-            return jax.tree.map(lambda p, dims: p.astype(dtype) if matrix(dims) else p, params, self.model.dims)
+            return jax.tree_util.tree_map_with_path(one, params, self.model.dims)
 
         if all(leaf.dtype == dtype for leaf in jax.tree.leaves(params)):
             return params

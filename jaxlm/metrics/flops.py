@@ -8,9 +8,10 @@ FLOPs a token, and a query-key pair of a head of size H costs 3 x (2 H for the l
     mfu             = FLOPs per token x tokens per second / (devices x peak FLOP/s of a device)
 
 Matmul parameters are the projections of attention and feed-forward and the output layer, tied or not; looking up an
-embedding multiplies nothing. Recomputation (remat) and padding are not counted: MFU is about the model, as in PaLM
-(Chowdhery et al. 2022, appendix B), which counts attention without the causal half. Document masks are not counted
-either, so packed short documents flatter the figure.
+embedding multiplies nothing. Of a mixture of experts they are the router and the experts that a token goes through,
+dropped or not. Recomputation (remat) and padding are not counted: MFU is about the model, as in PaLM (Chowdhery et al.
+2022, appendix B), which counts attention without the causal half. Document masks are not counted either, so packed
+short documents flatter the figure.
 """
 
 import re
@@ -53,7 +54,7 @@ A TPU multiplies float32 in one bfloat16 pass at JAX's default precision, so its
 
 
 def matmul_parameters(model: ModelConfig, vocabulary: int) -> int:
-    """Parameters that every token is multiplied with."""
+    """Parameters that a token is multiplied with."""
     return model.layers * (_attention_kernels(model) + _mlp_kernels(model)) + model.embed * vocabulary
 
 
@@ -62,10 +63,13 @@ def parameter_count(model: ModelConfig, vocabulary: int) -> int:
     embed, (query, kv) = model.embed, _attention_widths(model)
     norm = embed * (2 if model.norm == "layer" else 1)
     qk_norms = {"none": 0, "head": 2 * model.head_width, "projection": query + kv}[model.qk_norm]
-    block = _attention_kernels(model) + _mlp_kernels(model) + qk_norms
+    block = _attention_kernels(model) + qk_norms
     block += norm * (4 if model.norm_placement == "sandwich" else 2)
     block += (query + 2 * kv) * model.qkv_bias + embed * model.output_bias
-    block += (model.mlp * (2 if model.gated else 1) + embed) * model.mlp_bias
+    block += max(model.experts, 1) * _mlp_parameters(model, model.mlp)
+    if model.experts:
+        block += (embed + (model.balance_rate > 0)) * model.experts
+        block += _mlp_parameters(model, model.mlp * model.shared_experts) if model.shared_experts else 0
     tables = embed * vocabulary * (1 if model.tied else 2)
     tables += embed * model.max_positions * (model.positions == "learned")
     return model.layers * block + norm + tables
@@ -136,4 +140,14 @@ def _attention_kernels(model: ModelConfig) -> int:
 
 
 def _mlp_kernels(model: ModelConfig) -> int:
-    return model.embed * model.mlp * (3 if model.gated else 2)
+    """Parameters of the feed-forward layer that a token is multiplied with."""
+    one = model.embed * model.mlp * (3 if model.gated else 2)
+    if not model.experts:
+        return one
+    return one * (model.experts_per_token + model.shared_experts) + model.embed * model.experts
+
+
+def _mlp_parameters(model: ModelConfig, width: int) -> int:
+    """All parameters of one feed-forward layer of this width."""
+    inwards = 2 if model.gated else 1
+    return model.embed * width * (inwards + 1) + (width * inwards + model.embed) * model.mlp_bias

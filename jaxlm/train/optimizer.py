@@ -110,17 +110,29 @@ def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule` with each layer of the stacked blocks as arrays of its own: what it factors and averages is a matrix."""
+    """`rule` with each layer of the stacked blocks, and each expert in it, as arrays of its own: what it factors and
+    averages is a matrix."""
 
-    def init(params: Any) -> Any:
-        return jax.vmap(rule.init)(params)
+    def each(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.GradientTransformation(
+            lambda params: jax.vmap(rule.init)(params),
+            lambda updates, state, params=None: jax.vmap(rule.update)(updates, state, params),
+        )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.vmap(rule.update)(updates, state, params)
+    rules = {"rest": rule, "layers": each(rule), "experts": each(each(rule))}
 
-    return optax.partition(
-        {"layers": optax.GradientTransformation(init, update), "rest": rule},
-        lambda params: {name: "layers" if name == "blocks" else "rest" for name in params},
+    def label(path: tuple, _: Any) -> str:
+        names = [key.key for key in path]
+        return "experts" if "experts" in names else "layers" if names[0] == "blocks" else "rest"
+
+    def parted(tree: Any) -> optax.GradientTransformationExtraArgs:
+        labels = jax.tree_util.tree_map_with_path(label, tree)
+        used = set(jax.tree.leaves(labels))
+        return optax.partition({name: rule for name, rule in rules.items() if name in used}, labels)
+
+    return optax.GradientTransformation(
+        lambda params: parted(params).init(params),
+        lambda updates, state, params=None: parted(updates).update(updates, state, params),
     )
 
 
@@ -131,9 +143,10 @@ def _matrix_dims(params: Any) -> Any:
         names = [key.key for key in path]
         if names[0] != "blocks" or names[-1] != "kernel":
             return None
-        inputs = 2 if names[-2] == "output" else 1
+        stacked = 2 if "experts" in names else 1
+        inputs = stacked + (2 if names[-2] == "output" else 1)
         return contrib.MuonDimensionNumbers(
-            reduction_axis=tuple(range(1, 1 + inputs)), output_axis=tuple(range(1 + inputs, leaf.ndim))
+            reduction_axis=tuple(range(stacked, inputs)), output_axis=tuple(range(inputs, leaf.ndim))
         )
 
     return jax.tree_util.tree_map_with_path(dims, params)

@@ -54,6 +54,7 @@ GOVERNING = {
     "model.rope_scaling": ("none", {}, "llama3"),
     "model.rope_factor": ("1", {}, "8"),
     "model.experts": ("0", {}, "4"),
+    "model.router": ("topk_softmax", {}, "sigmoid"),
     "data.path": ("a", {"data.weights": "a,b"}, "a"),
     "data.tokenizer": ("bytes", {}, "bpe"),
     "optimizer.name": ("adafactor", {}, "adamw"),

@@ -11,7 +11,7 @@ from jaxlm.config.errors import UserError
 from jaxlm.generate import decode
 from jaxlm.generate.decode import Generator, bucket, generate, left_padded
 from jaxlm.generate.sampling import Sampling
-from tests.generate.tiny import CONFIGS, GPT, LLAMA, MULTI_QUERY, make
+from tests.generate.tiny import CONFIGS, EXPERTS, GPT, LLAMA, MULTI_QUERY, make
 
 PROMPTS = [[7, 3, 99], list(range(20, 39)), [50], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 NEW = 20
@@ -60,6 +60,7 @@ def gpt():
     [
         *((name, "dp1") for name in CONFIGS),
         *(("gpt", "dp2,tp2"), ("llama", "dp2,tp2"), ("multi_query", "rep2,fsdp2,tp2"), ("llama", "cp2,tp2")),
+        *(("experts", "ep2,tp2"), ("experts", "pp2,ep4")),
     ],
 )
 def test_greedy_with_cache_is_greedy_without(name, mesh, expected):
@@ -73,6 +74,19 @@ def test_greedy_with_cache_is_greedy_without(name, mesh, expected):
 @pytest.mark.parametrize("backend", ["reference", "cudnn"])
 def test_any_training_backend_decodes(backend, expected):
     assert generate(*make(LLAMA, attention=backend, remat="full"), PROMPTS, max_new_tokens=NEW) == expected["llama"]
+
+
+def test_no_expert_is_too_full_for_a_token_that_is_generated(expected):
+    """A capacity is a share of a sequence that is trained on; prompts and new tokens come in pieces of any length."""
+    assert generate(*make(replace(EXPERTS, capacity_factor=0.1)), PROMPTS, max_new_tokens=NEW) == expected["experts"]
+
+
+def test_a_router_is_not_rounded():
+    model, params, runtime = make(EXPERTS, dtype=jnp.dtype("bfloat16"))
+    cast = Generator(model, runtime)._in_compute_dtype(params)
+    found = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_flatten_with_path(cast)[0]}
+    assert {d for name, d in found.items() if "router" in name} == {jnp.dtype("float32")}
+    assert {d for name, d in found.items() if "experts" in name and "kernel" in name} == {jnp.dtype("bfloat16")}
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch, expected):

@@ -1,4 +1,7 @@
-"""Tiny models for the tests of generation: a GPT, a Llama with everything Gemma adds, and multi-query attention."""
+"""Tiny models for the tests of generation: a GPT, a Llama with everything Gemma adds, multi-query attention, and a
+mixture of experts."""
+
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -36,7 +39,8 @@ LLAMA = ModelConfig(
     embed_scale=True,
 )
 MULTI_QUERY = ModelConfig(layers=2, embed=32, heads=4, kv_heads=1, mlp=64, positions="rotary", norm="rms")
-CONFIGS = {"gpt": GPT, "llama": LLAMA, "multi_query": MULTI_QUERY}
+EXPERTS = replace(LLAMA, experts=4, router="sigmoid", shared_experts=1, balance_rate=0.1)
+CONFIGS = {"gpt": GPT, "llama": LLAMA, "multi_query": MULTI_QUERY, "experts": EXPERTS}
 VOCABULARY = 100
 
 

@@ -1,5 +1,7 @@
 """The FLOPs of training against arithmetic by hand, the compiler's count, and the model that is really built."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -46,6 +48,29 @@ def test_llama_8b_by_hand():
     by_hand = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336) + 4096 * 128256
     assert matmul_parameters(LLAMA_8B, 128256) == by_hand == 7_504_658_432
     assert flops_per_token(LLAMA_8B, 128256, 8192) == 6 * by_hand + 12 * 32 * 4096 * 4096
+
+
+MIXTRAL = replace(LLAMA_8B, experts=8)
+
+
+def test_mixtral_8x7b_by_hand():
+    assert parameter_count(MIXTRAL, 32000) == 46_702_792_704  # the published count
+    layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 2 * 3 * 4096 * 14336 + 4096 * 8
+    assert matmul_parameters(MIXTRAL, 32000) == 32 * layer + 4096 * 32000 == 12_748_587_008
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"shared_experts": 2, "router": "sigmoid", "balance_rate": 0.1},
+        {"gated": True, "mlp_bias": False, "shared_experts": 1},
+    ],
+)
+def test_experts_of_the_model_that_is_built(keys):
+    model = ModelConfig(experts=4, experts_per_token=3, vocabulary=256, **keys)
+    held = jax.tree.leaves(build(model, None).abstract)
+    assert sum(leaf.size for leaf in held) == parameter_count(model, 256)
 
 
 @pytest.mark.parametrize("window", [1, 7, 100, 256])

@@ -38,7 +38,12 @@ LLAMA = ModelConfig(
     windows=(8, 0),
     qk_norm="head",
 )
-STYLES = {"gpt": GPT, "llama": LLAMA}
+MOE = dataclasses.replace(LLAMA, mlp=128, experts=8, balance_loss=0.05, router_z_loss=0.02)
+MOE_SHARED = dataclasses.replace(MOE, router="sigmoid", router_scale=2.0, shared_experts=1, balance_rate=0.01)
+MOE_CAPPED = dataclasses.replace(
+    GPT, mlp=64, experts=4, experts_per_token=1, router="softmax", capacity_factor=1.0, balance_loss=0.05
+)
+STYLES = {"gpt": GPT, "llama": LLAMA, "moe": MOE, "moe_shared": MOE_SHARED, "moe_capped": MOE_CAPPED}
 
 
 class Result(NamedTuple):

@@ -109,11 +109,27 @@ def test_adafactor_keeps_rows_and_columns_of_each_layer() -> None:
     np.testing.assert_allclose(updates[0], updates[1], rtol=1e-4)
 
 
+def test_adafactor_takes_each_expert_by_itself() -> None:
+    """What an expert's update is does not depend on the other experts' gradients."""
+    rule = optimizer.build(OptimizerConfig(name="adafactor", warmup_steps=0, clip_norm=0.0, weight_decay=0.0), 10)
+    random = np.random.default_rng(0)
+    kernel = jnp.asarray(random.normal(size=(2, 3, 128, 160)), jnp.float32)
+    other = kernel * jnp.asarray([1.0, 1000.0, 1e-3], jnp.float32)[None, :, None, None]
+    trees = [{"blocks": {"mlp": {"experts": {"kernel": kernel}}}, "head": kernel[0, 0]} for kernel in (kernel, other)]
+    updates = [rule.update(g, rule.init(g), g)[0]["blocks"]["mlp"]["experts"]["kernel"] for g in trees]
+    np.testing.assert_allclose(updates[0], updates[1], rtol=1e-4)
+    largest = max(leaf.size for leaf in jax.tree.leaves(rule.init(trees[0])))
+    assert largest < kernel.size / 100, "more than rows and columns of matrices"
+
+
 def test_muon_orthogonalises_each_matrix() -> None:
     config = OptimizerConfig(name="muon", learning_rate=1.0, weight_decay=0.0, warmup_steps=0, schedule="constant")
     rule, random = optimizer.build(config, 10), np.random.default_rng(0)
-    params = {"blocks": {"up": {"kernel": jnp.asarray(random.normal(size=(2, 16, 4, 8)), jnp.float32)}}}
+    dense, experts = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((2, 16, 4, 8), (2, 3, 8, 12)))
+    params = {"blocks": {"up": {"kernel": dense}, "mlp": {"experts": {"up": {"kernel": experts}}}}}
     updates, _ = rule.update(params, rule.init(params), params)
-    for layer in np.asarray(updates["blocks"]["up"]["kernel"]).reshape(2, 16, 32):
+    matrices = np.asarray(updates["blocks"]["up"]["kernel"]).reshape(2, 16, 32)
+    experts = np.asarray(updates["blocks"]["mlp"]["experts"]["up"]["kernel"]).reshape(6, 8, 12)
+    for layer in (*matrices, *experts):
         values = np.linalg.svd(layer, compute_uv=False)
         assert values.max() / values.min() < 2.0, "singular values are not alike"

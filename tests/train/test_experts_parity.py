@@ -1,0 +1,57 @@
+"""Mixtures of experts train alike on every mesh: the parity battery with experts dealt out over devices."""
+
+import pytest
+
+from tests.train.battery import compare, configuration, measure, on_one_device
+
+MESHES = {
+    ("moe", "ep8"): {},
+    ("moe", "ep2,tp2,dp2"): {"train__microbatches": 2, "remat": "full"},
+    ("moe_shared", "fsdp2,ep4"): {"remat": "selective"},
+    ("moe_capped", "ep2,tp2"): {},
+    ("moe_shared", "pp2,ep2,cp2"): {},
+}
+"""Styles and meshes of the default suite, each with other ways to cut the same computation."""
+
+MORE = {
+    ("moe", "ep2"): {},
+    ("moe", "ep4"): {"train__microbatches": 4},
+    ("moe", "dp2,ep2"): {"optimizer__shard": "data"},
+    ("moe", "ep2,tp2"): {"remat": "dots"},
+    ("moe", "fsdp2,ep2"): {},
+    ("moe", "fsdp2,ep2,tp2"): {"train__microbatches": 2},
+    ("moe", "tp4"): {},
+    ("moe", "rep2,ep4"): {},
+    ("moe_shared", "ep8"): {"train__microbatches": 2},
+    ("moe_shared", "ep2,tp2,dp2"): {"optimizer__shard": "data"},
+    ("moe_shared", "ep4,tp2"): {},
+    ("moe_shared", "dp2,fsdp2,tp2"): {},
+    ("moe", "pp2,ep2,tp2"): {"pipeline__schedule": "zb"},
+    ("moe", "cp2,ep2,tp2"): {},
+    ("moe_shared", "pp2,fsdp2,ep2"): {"remat": "full"},
+    ("moe_capped", "pp2,ep2,dp2"): {},
+    ("moe_capped", "ep4,dp2"): {"train__microbatches": 2},
+    ("moe_capped", "fsdp2,ep2,tp2"): {"remat": "full"},
+}
+"""Of the slow suite."""
+
+
+@pytest.mark.parametrize(("style", "mesh"), MESHES)
+def test_mesh_equals_one_device(style: str, mesh: str) -> None:
+    config = configuration(style, **MESHES[style, mesh])
+    compare(measure(config, mesh), on_one_device(configuration(style))).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("style", "mesh"), MORE)
+def test_more_meshes_equal_one_device(style: str, mesh: str) -> None:
+    config = configuration(style, **MORE[style, mesh])
+    compare(measure(config, mesh), on_one_device(configuration(style))).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon", "sgd"])
+@pytest.mark.parametrize(("style", "mesh"), [("moe", "ep2,tp2,dp2"), ("moe_shared", "fsdp2,ep4")])
+def test_every_optimizer_equals_one_device(style: str, mesh: str, optimizer: str) -> None:
+    config = configuration(style, optimizer, **MESHES[style, mesh])
+    compare(measure(config, mesh), on_one_device(configuration(style, optimizer))).check()
