@@ -82,23 +82,27 @@ def data_ways(spec: MeshSpec) -> int:
     return math.prod(spec.sizes[axis] for axis in BATCH)
 
 
-def pipeline_chunks(config: RunConfig) -> int:
+def pipeline_chunks(schedule: str, chunks: int) -> int:
     """Pieces of the model that each stage holds."""
-    return config.pipeline.chunks if config.pipeline.schedule == "interleaved" else 1
+    return chunks if schedule == "interleaved" else 1
 
 
-def pipeline_microbatches(config: RunConfig, stages: int, ways: int) -> int:
+def pipeline_microbatches(asked: int | None, batch_size: int, stages: int, ways: int) -> int:
     """Microbatches of a pipeline of `stages`, where the rows of a batch are split into `ways`.
 
-    Where the configuration leaves it open: 4, 2 or 1 a stage, the most that the batch divides by."""
-    if config.pipeline.microbatches:
-        return config.pipeline.microbatches
-    fitting = (stages * each for each in (4, 2, 1) if config.data.batch_size % (ways * stages * each) == 0)
+    Where `asked` leaves it open: 4, 2 or 1 a stage, the most that the batch divides by."""
+    if asked is not None:
+        return asked
+    fitting = (stages * each for each in (4, 2, 1) if batch_size % (ways * stages * each) == 0)
     return next(fitting, stages)
 
 
 def _pipeline(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
-    stages, chunks, layers = spec.sizes["pp"], pipeline_chunks(config), config.model.layers
+    stages, chunks, layers = (
+        spec.sizes["pp"],
+        pipeline_chunks(config.pipeline.schedule, config.pipeline.chunks),
+        config.model.layers,
+    )
     if stages == 1:
         return
     if layers < stages * chunks:
@@ -225,7 +229,10 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
     yield from _experts(m, spec)
     ways, parts, kind = data_ways(spec), config.train.microbatches, "microbatches"
     if spec.sizes["pp"] > 1:
-        parts, kind = pipeline_microbatches(config, spec.sizes["pp"], ways), "pipeline microbatches"
+        parts, kind = (
+            pipeline_microbatches(config.pipeline.microbatches, config.data.batch_size, spec.sizes["pp"], ways),
+            "pipeline microbatches",
+        )
     if config.data.batch_size % (ways * parts):
         names = " x ".join(f"{axis} {spec.sizes[axis]}" for axis in BATCH if spec.sizes[axis] > 1)
         product = f"{names} x {kind} {parts}" if names else f"{kind} {parts}"

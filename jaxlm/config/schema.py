@@ -215,8 +215,6 @@ class ContextConfig:
 
     method: Literal["ring", "allgather", "ulysses"] = "ring"
     """Attention over cp: keys and values go around a ring, are gathered whole, or heads are exchanged for tokens."""
-    sequence_parallel: Literal["auto", "on", "off"] = "auto"
-    """With tp, norms and the residual stream are split over the sequence; auto does so on GPU and TPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,10 @@ def assemble(
     """
     device = mesh.devices.flat[0]
     model = build.build(config.model, tokenizer_vocabulary)
-    even = pipeline_chunks(config) == 1 and config.model.layers % mesh.shape["pipeline"] == 0
+    even = (
+        pipeline_chunks(config.pipeline.schedule, config.pipeline.chunks) == 1
+        and config.model.layers % mesh.shape["pipeline"] == 0
+    )
     layout = rules.layout(mesh, kv_heads=config.model.key_value_heads, variant="stages" if even else "dealt")
     if not layout.rules["kv_heads"] and mesh.shape["model"] > 1:
         announce(f"{config.model.key_value_heads} kv heads are kept whole on each of tp{mesh.shape['model']}'s devices")

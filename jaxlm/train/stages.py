@@ -22,8 +22,15 @@ from jaxlm.train.loss import token_losses
 def table(config: RunConfig, layout: Layout) -> Table:
     """The schedule of a run."""
     sizes = {axis: layout.mesh.shape[axis] for axis in layout.mesh.axis_names}
-    microbatches = pipeline_microbatches(config, sizes["pipeline"], layout.axis_size("batch"))
-    return build(config.pipeline.schedule, sizes["pipeline"], microbatches, pipeline_chunks(config))
+    microbatches = pipeline_microbatches(
+        config.pipeline.microbatches, config.data.batch_size, sizes["pipeline"], layout.axis_size("batch")
+    )
+    return build(
+        config.pipeline.schedule,
+        sizes["pipeline"],
+        microbatches,
+        pipeline_chunks(config.pipeline.schedule, config.pipeline.chunks),
+    )
 
 
 def describe(config: RunConfig, layout: Layout) -> str:
