@@ -8,7 +8,12 @@ from jaxlm.config.load import RECIPES, differences, load
 from jaxlm.config.schema import RunConfig
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-PUBLISHED = {"gpt2_124m": 124_439_808, "llama3_1b": 1_235_814_400, "llama3_8b": 8_030_261_248}
+PUBLISHED = {
+    "gpt2_124m": 124_439_808,
+    "llama3_1b": 1_235_814_400,
+    "llama3_8b": 8_030_261_248,
+    "mixtral_8x7b": 46_702_792_704,
+}
 
 
 def recipe(name):
@@ -23,6 +28,7 @@ def parameters(m):
     attention = m.embed * head * (2 * m.heads + 2 * kv)
     attention += head * (m.heads + 2 * kv) * m.qkv_bias + m.embed * m.output_bias
     mlp = m.embed * m.mlp * (3 if m.gated else 2) + (m.embed + m.mlp * (2 if m.gated else 1)) * m.mlp_bias
+    mlp = mlp * max(m.experts, 1) + m.embed * m.experts
     tables = m.vocabulary * m.embed * (1 if m.tied else 2) + m.max_positions * m.embed * (m.positions == "learned")
     return m.layers * (attention + mlp + 2 * norm) + norm + tables
 
