@@ -15,11 +15,11 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint types coverage benchmarks clean
+.PHONY: help train test test-slow lint types coverage parity benchmarks clean
 
 help:
 	@sed -n 's/^#  *make /  make /p' Makefile
-	@echo "  make test-slow | lint | types | coverage | benchmarks | clean"
+	@echo "  make test-slow | lint | types | coverage | parity | benchmarks | clean"
 
 train: $(VENV)/.has-core
 	$(BIN)/python -m jaxlm.train --mesh=dp4,tp2 $(ARGS)
@@ -39,6 +39,9 @@ types: $(VENV)/.has-dev
 
 coverage: $(VENV)/.has-test
 	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html $(TESTS) $(ARGS)
+
+parity: $(VENV)/.has-test  # an hour or two; goes on where it was stopped
+	$(BIN)/python -m tests.train.matrix --out=benchmarks/results/parity.json --page=docs/parity.md --jobs=$(JOBS) $(ARGS)
 
 benchmarks: $(VENV)/.has-test
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done

@@ -10,6 +10,7 @@ from jaxlm.config.checks import check
 from jaxlm.config.errors import UserError
 from jaxlm.config.mesh_spec import AXES, parse
 from tests.train.matrix import Worker, main, read, sound
+from tests.train.parity_page import page
 from tests.train.rows import MESHES, ROWS
 
 NAMED = "tp2 gpt"
@@ -106,3 +107,9 @@ def test_every_axis_alone_and_every_pair_of_axes_is_compared() -> None:
         assert {axis} in sizes
         for other in AXES:
             assert any({axis, other} <= held for held in sizes), (axis, other)
+
+
+def test_the_page_in_docs_is_that_of_the_results_in_benchmarks() -> None:
+    held = read(DOCS.parent / "benchmarks/results/parity.json")
+    assert (DOCS / "parity.md").read_text() == page([held[row] for row in ROWS if row in held])
+    assert len({row.mesh for row in held}) >= 40
