@@ -22,8 +22,8 @@ MORE += ["pp2,cp2", "pp2,fsdp2,cp2", "pp2,cp2,tp2"]
 
 
 def check(mesh, style, **changes):
-    model = {key: value for key, value in changes.items() if key.startswith("model__")}
-    compare(measure(configuration(style, **changes), mesh), on_one_device(configuration(style, **model))).check()
+    run = {key: value for key, value in changes.items() if key.startswith(("model__", "optimizer__"))}
+    compare(measure(configuration(style, **changes), mesh), on_one_device(configuration(style, **run))).check()
 
 
 @pytest.mark.parametrize("mesh", RUNS)
@@ -36,7 +36,9 @@ def test_mesh_equals_one_device(mesh):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MORE)
 def test_more_meshes_equal_one_device(mesh, method, style):
-    check(mesh, style, context__method=method, model__heads=8)
+    # With 8 heads one element of a gradient is 1e-8, its rounding: the default epsilon would divide it by itself, and
+    # one device would differ from itself with and without rematerialisation.
+    check(mesh, style, context__method=method, model__heads=8, optimizer__epsilon=1e-6)
 
 
 @pytest.mark.slow
