@@ -12,7 +12,7 @@ from jaxlm.parallel import hlo as programs
 from jaxlm.parallel.hlo import Computation, Instruction, Program
 from jaxlm.parallel.rules import FLAG
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 """Bytes of an element where they are not 4 (or, of eight-bit floats, 1)."""
 
@@ -31,7 +31,8 @@ class Collective:
     count: int
     """Executions on one device; those inside a loop counted as often as it turns."""
     bytes: int
-    """Bytes of their results on one device, summed over the executions."""
+    """Bytes of their results on one device, summed over the executions. The result of a ragged all-to-all is a buffer
+    with room for the most that could come; what travels is known only as it runs."""
     overlapped: int = 0
     """Of the executions, those scheduled beside matrix products, kernels or loops, which hide them."""
 

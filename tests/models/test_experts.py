@@ -4,8 +4,12 @@ Legend: B batch, T length, D embed, E experts, K experts of a token.
 """
 
 import dataclasses
+import importlib.metadata
 import math
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -413,6 +417,18 @@ def test_the_ragged_exchange_of_accelerators_is_the_padded_one(name, mesh, monke
     run, arguments = computed(name, runtime(mesh))
     check(run(*arguments), result(name))
     assert trips and all(trip.ragged for trip in trips)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("platform, package", [("tpu", "libtpu"), ("cuda", "jax-cuda12-plugin")])
+def test_rows_travel_ragged_on_the_real_thing(platform, package):
+    """By the platform's own compiler, without its hardware."""
+    if package not in {distribution.name for distribution in importlib.metadata.distributions()}:
+        pytest.skip(f"not installed: {package}")
+    script = Path(__file__).with_name("experts_aot.py")
+    done = subprocess.run([sys.executable, script, platform], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["mixtral", "capped-v3"])

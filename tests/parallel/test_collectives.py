@@ -191,6 +191,7 @@ def test_every_way_to_write_groups(groups, axes):
             32,
         ),
         ("(f32[4]{0}, /*index=1*/pred[3]{0}) all-to-all(%p, %q), replica_groups={}", None, 19),
+        ("f32[64]{0} ragged-all-to-all(%p, %o, %i, %s, %j, %r), channel_id=1, replica_groups={}", None, 256),
         ("f32[8,128]{1,0:T(8,128)S(1)} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}", None, 4096),
         ("f8e4m3fn[8]{0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}", None, 8),
     ],
