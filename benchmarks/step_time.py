@@ -101,7 +101,7 @@ def check(assembly: Assembly, params: Any, batch: dict[str, np.ndarray], shape: 
         shardings=assembly.plan.gradients,
     )  # fmt: skip
     placed = {name: jax.device_put(x, assembly.batch[name].sharding) for name, x in batch.items()}
-    grads, total, count = jax.jit(lambda params, batch: theirs(params, batch))(params, placed)
+    grads, total, count, _ = jax.jit(lambda params, batch: theirs(params, batch))(params, placed)
     cut = handwritten.place(by_hand(params), mesh, handwritten.specs())
     ours = jax.value_and_grad(partial(handwritten.loss, shape=shape, mesh=mesh))
     value, wanted = jax.jit(ours)(cut, handwritten.place_batch(batch, mesh))

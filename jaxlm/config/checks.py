@@ -244,6 +244,13 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
 
 def _context(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
     length, method, cp = config.data.sequence_length, config.context.method, spec.sizes["cp"]
+    parts = cp * spec.sizes["tp"]
+    if config.context.sequence_parallel == "on" and spec.sizes["tp"] > 1 and length % parts:
+        yield (
+            f"--data.sequence-length={length} does not divide by cp {cp} x tp {spec.sizes['tp']} = {parts}, the parts "
+            f"of --context.sequence-parallel=on; use --data.sequence-length={_nearest_multiple(length, parts)} or "
+            "--context.sequence-parallel=auto"
+        )
     if cp == 1:
         return
     # Zigzag: each device has an early and a late piece of the sequence.

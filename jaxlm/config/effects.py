@@ -62,6 +62,7 @@ AXES_NEEDED = {
     "pp": ("pipeline.schedule", "pipeline.microbatches", "pipeline.chunks"),
     "dp": ("optimizer.shard",),
     "cp": ("context.method",),
+    "tp": ("context.sequence_parallel",),
 }
 """Axis of the mesh -> keys that count only where it has more than one device. A run may continue on another mesh, so
 these are never a mistake."""

@@ -215,6 +215,9 @@ class ContextConfig:
 
     method: Literal["ring", "allgather", "ulysses"] = "ring"
     """Attention over cp: keys and values go around a ring, are gathered whole, or heads are exchanged for tokens."""
+    sequence_parallel: Literal["auto", "on", "off"] = "auto"
+    """Norms and residuals cut over tp by sequence, for less activation memory; auto does on GPU and TPU, where the
+    sequence divides."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config, layout = self.config, runtime.layout
-        q, k, v = self._project(x_BTD, runtime)
+        q, k, v = runtime.project(lambda x_BTD: self._project(x_BTD, runtime), x_BTD)
         if config.qk_norm == "head":
             q, k = self.query_norm(q, runtime), self.key_norm(k, runtime)
         elif config.qk_norm == "projection":
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
             mesh=layout.mesh,
             context=runtime.context,
         )
-        return self.output(o_BTNH, runtime), cache
+        return runtime.scatter_sequence(self.output(o_BTNH, runtime)), cache
 
     def _project(self, x_BTD: jax.Array, runtime: Runtime) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H]."""
@@ -189,4 +189,4 @@ class Block(nnx.Module):
             m = self.mlp(m, runtime)
         m = checkpoint_name(m, "mlp_out")
         x = x + dropout(self.mlp_post_norm(m, runtime), self.rate, keys[1])
-        return runtime.layout.constrain(x, "batch", "sequence", None), cache, load
+        return runtime.layout.constrain(x, "batch", "residual", None), cache, load

@@ -79,7 +79,7 @@ class Model:
 
     def finish(self, params: Params, x_BTD: jax.Array, runtime: Runtime) -> jax.Array:
         """The final norm of what the last block wrote: where a pipeline ends."""
-        return nnx.merge(self.graph, params).final_norm(x_BTD, runtime)
+        return nnx.merge(self.graph, params).finish(x_BTD, runtime)
 
     def output_matrix(self, params: Params, runtime: Runtime) -> tuple[jax.Array, bool]:
         """The output layer's weights, and whether they stand as [V, D] (tied) rather than [D, V]."""

@@ -40,17 +40,22 @@ class Embedding(nnx.Module):
         # far). By hand: each device looks up the rows it has, and the others' are zeros (Megatron-LM).
         total = jnp.float32 if runtime.platform == "cpu" else table_RD.dtype  # XLA:CPU aborts on a sum of bfloat16
 
+        shared = set(cut) & set(layout.axes("residual"))  # then each device wants the sums of its own tokens alone
+
         def local(table_RD: jax.Array, rows_BT: jax.Array) -> jax.Array:
             own_BT = rows_BT - jax.lax.axis_index(cut) * table_RD.shape[0]
             has_BT = (own_BT >= 0) & (own_BT < table_RD.shape[0])
             x_BTD = jnp.where(has_BT[..., None], table_RD[jnp.where(has_BT, own_BT, 0)], 0)
-            return jax.lax.psum(x_BTD.astype(total), cut).astype(x_BTD.dtype)
+            x_BTD, dtype = x_BTD.astype(total), x_BTD.dtype
+            if shared:
+                return jax.lax.psum_scatter(x_BTD, cut, scatter_dimension=1, tiled=True).astype(dtype)
+            return jax.lax.psum(x_BTD, cut).astype(dtype)
 
         return jax.shard_map(
             local,
             mesh=jax.sharding.get_abstract_mesh(),
             in_specs=(spec, PartitionSpec()),
-            out_specs=PartitionSpec(),
+            out_specs=PartitionSpec(None, cut) if shared else PartitionSpec(),
             axis_names=frozenset(cut),
             check_vma=False,
         )(table_RD, rows_BT)
@@ -93,7 +98,7 @@ class Decoder(nnx.Module):
             cache = _append_tokens(cache, positions_BT, segments_BT)
             where = Tokens(positions_BT, segments_BT, cache["positions"], cache["segments"])
         x, cache, loads = run_stack(self.blocks, self.config, x, where, runtime, key=key, cache=cache)
-        return self.final_norm(x, runtime), cache, loads
+        return self.finish(x, runtime), cache, loads
 
     def embed(
         self,
@@ -111,7 +116,11 @@ class Decoder(nnx.Module):
         if config.positions == "learned":
             x = x + self.positions(positions_BT, runtime)
         x = dropout(x, config.dropout, None if key is None else jax.random.fold_in(key, config.layers))
-        return layout.constrain(x, "batch", "sequence", None)
+        return layout.constrain(x, "batch", "residual", None)
+
+    def finish(self, x_BTD: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
+        """The final norm of what the last block wrote."""
+        return runtime.gather_sequence(self.final_norm(x_BTD, runtime))
 
     def run_chunk(
         self,

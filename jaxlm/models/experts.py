@@ -69,7 +69,8 @@ class Experts(nnx.Module):
         values = {name: runtime.own(p) for name, p in parameters.items()}
         inner = replace(runtime, pick=None, layout=replace(layout, manual=frozenset(layout.mesh.axis_names)))
         run = partial(self._on_device, dims=dims, runtime=inner, drop=drop)
-        y_BTD, loads = _on_devices(run, layout, dims)(x_BTD, segments_BT, values)
+        y_BTD, loads = _on_devices(run, layout, dims)(runtime.gather_sequence(x_BTD), segments_BT, values)
+        y_BTD = runtime.scatter_sequence(y_BTD)
         if self.shared is not None:
             y_BTD += self.shared(x_BTD, runtime)
         return y_BTD, jax.tree.map(lambda parts: parts.sum(axis=0), loads)

@@ -73,7 +73,7 @@ def affine(
     """
     out = jax.eval_shape(make_kernel).shape[inputs:]
     lead = x.shape[: x.ndim - inputs]
-    rows = lead if runtime.layout.axis_size("sequence") > 1 else (math.prod(lead),)
+    rows = lead if runtime.layout.axis_size("residual") > 1 else (math.prod(lead),)
 
     def multiply(x: jax.Array) -> jax.Array:
         kernel = make_kernel().reshape(x.shape[-1], -1)
@@ -198,11 +198,10 @@ class Mlp(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
-        if self.gate is None:
-            h = activate(self.activation, self.up(x, runtime), None)
-        else:
-            h = activate(self.activation, self.gate(x, runtime), self.up(x, runtime))
-        return self.down(h, runtime)
+        first = [layer for layer in (self.gate, self.up) if layer is not None]
+        hidden = runtime.project(lambda x: [layer(x, runtime) for layer in first], x)
+        h = activate(self.activation, hidden[0], hidden[1] if self.gate is not None else None)
+        return runtime.scatter_sequence(self.down(h, runtime))
 
 
 @partial(jax.checkpoint, static_argnums=0, prevent_cse=False)  # the backward needs only the matmuls' results

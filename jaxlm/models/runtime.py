@@ -1,7 +1,9 @@
 """How a model is computed, as opposed to what it is: devices, number formats, kernels, what is recomputed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from flax import nnx
 from jaxlm.config.schema import PrecisionConfig
 from jaxlm.parallel.rules import Dims, Layout, across
 from jaxlm.parallel.zigzag import zigzag
+
+Tree = Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,29 @@ class Runtime:
     def arrange(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """A batch of arrays [B, T] with its tokens in the order in which attention wants a cut sequence."""
         return batch if self.context == "ulysses" else zigzag(batch, self.layout)
+
+    def project(self, run: Callable[[jax.Array], Tree], x: jax.Array) -> Tree:
+        """`run`, matmuls over `model`, of the residual stream x [B, T, D] gathered: the backward gathers it again."""
+
+        def gathered(x: jax.Array) -> Tree:
+            return run(self.gather_sequence(x))
+
+        cut = self.layout.axes("residual") != self.layout.axes("sequence")
+        # A matmul's backward does not need its result, so nothing is computed again but the gather.
+        return jax.checkpoint(gathered, prevent_cse=False)(x) if cut and self.remat == "none" else gathered(x)
+
+    def gather_sequence(self, x: jax.Array) -> jax.Array:
+        """The residual stream [B, T, D] with all its tokens on each device of `model`."""
+        return self._relay_sequence(x, "residual", "sequence")
+
+    def scatter_sequence(self, x: jax.Array) -> jax.Array:
+        """What matmuls over `model` write, summed and laid out as the residual stream."""
+        return self._relay_sequence(x, "sequence", "residual")
+
+    def _relay_sequence(self, x: jax.Array, was: str, becomes: str) -> jax.Array:
+        if self.layout.axes(was) == self.layout.axes(becomes):
+            return x
+        return self.layout.relay(x, ("batch", was, None), ("batch", becomes, None))
 
     @property
     def platform(self) -> str:

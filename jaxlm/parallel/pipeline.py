@@ -43,6 +43,8 @@ class Parts:
     """(weights of a chunk, its layers' numbers [K], x, batch) -> ((y, loss sum of its own), statistics)."""
     last: Callable[[Tree, jax.Array, Batch], jax.Array]
     """(shared weights, y of the last layer, batch) -> loss sum."""
+    pin: Callable[[jax.Array], jax.Array]
+    """x, held to how automatic axes cut activations: all branches must agree, and XLA would choose for each alone."""
 
 
 def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
@@ -159,9 +161,12 @@ class _Engine:
         def zeros(tree: Tree, lead: Sequence[int] = (), dtype: Any = None) -> Tree:
             return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), dtype or a.dtype), tree)
 
+        def slots(count: int) -> jax.Array:
+            return jax.vmap(self.parts.pin)(zeros(self.x, (count + 1,)))
+
         return {
-            "activations": zeros(self.x, (table.activation_slots + 1,)),
-            "cotangents": zeros(self.x, (table.cotangent_slots + 1,)),
+            "activations": slots(table.activation_slots),
+            "cotangents": slots(table.cotangent_slots),
             "chunk_gradients": zeros(self.chunks, dtype=jnp.float32),
             "shared_gradients": zeros(self.shared, dtype=jnp.float32),
             "loss": jnp.zeros((), jnp.float32),
@@ -193,9 +198,9 @@ class _Engine:
         def run() -> jax.Array:
             batch, chunk, numbers = self._pick(own["f_microbatch"], own["f_chunk"])
             x = self._input(carry, own["f_chunk"], own["f_slot"], batch)
-            return self.parts.chunk(chunk, numbers, x, batch)[0][0]
+            return self.parts.pin(self.parts.chunk(chunk, numbers, x, batch)[0][0])
 
-        return jax.lax.cond(busy, run, lambda: jnp.zeros(self.x.shape, self.x.dtype))
+        return jax.lax.cond(busy, run, self._nothing)
 
     def _backward(self, carry, own, kind: str, *, weights: bool) -> tuple[dict[str, Tree], jax.Array]:
         """A backward (`kind` b) or its second half (w): the carry with gradients added, and the input's cotangent."""
@@ -211,7 +216,11 @@ class _Engine:
             dy, shared_gradients, head_loss = jax.lax.cond(
                 self._is_last(number),
                 lambda: self._head(y, shared_gradients, batch, weights=weights),
-                lambda: (carry["cotangents"][own[f"{kind}_cotangent_slot"]], shared_gradients, jnp.zeros_like(loss)),
+                lambda: (
+                    self.parts.pin(carry["cotangents"][own[f"{kind}_cotangent_slot"]]),
+                    shared_gradients,
+                    jnp.zeros_like(loss),
+                ),
             )
             dchunk, dx = back((dy, self.share.astype(extra.dtype)))
             if weights:
@@ -224,10 +233,10 @@ class _Engine:
             if kind == "b":
                 loss = loss + head_loss + extra
                 statistics = jax.tree.map(lambda s, n: _add_at(s, n, number), statistics, more)
-            return (chunk_gradients, shared_gradients, loss, statistics), dx
+            return (chunk_gradients, shared_gradients, loss, statistics), self.parts.pin(dx)
 
         def idle(*sums):
-            return sums, jnp.zeros(self.x.shape, self.x.dtype)
+            return sums, self._nothing()
 
         sums, dx = jax.lax.cond(own[f"{kind}_microbatch"] >= 0, run, idle, *(carry[name] for name in names))
         return carry | dict(zip(names, sums, strict=True)), dx
@@ -236,10 +245,10 @@ class _Engine:
         """Cotangent of the last layer's output, gradients with the output layer's added, the loss."""
         if not weights:
             loss, back = jax.vjp(lambda y: self.parts.last(self.shared, y, batch), y)
-            return back(self.share)[0], gradients, loss
+            return self.parts.pin(back(self.share)[0]), gradients, loss
         loss, back = jax.vjp(lambda shared, y: self.parts.last(shared, y, batch), self.shared, y)
         dshared, dy = back(self.share)
-        return dy, _add(gradients, dshared), loss
+        return self.parts.pin(dy), _add(gradients, dshared), loss
 
     def _embedding(self, dx, gradients, batch) -> Tree:
         _, back = jax.vjp(lambda shared: self.parts.first(shared, batch), self.shared)
@@ -248,9 +257,13 @@ class _Engine:
     def _input(self, carry, chunk, slot, batch) -> jax.Array:
         return jax.lax.cond(
             self._is_first(chunk),
-            lambda: self.parts.first(self.shared, batch),
-            lambda: carry["activations"][slot],
+            lambda: self.parts.pin(self.parts.first(self.shared, batch)),
+            lambda: self.parts.pin(carry["activations"][slot]),
         )
+
+    def _nothing(self) -> jax.Array:
+        """What an idle stage sends."""
+        return self.parts.pin(jnp.zeros(self.x.shape, self.x.dtype))
 
     def _pick(self, microbatch, chunk) -> tuple[Batch, Tree, jax.Array]:
         def at(a: jax.Array, index: jax.Array) -> jax.Array:

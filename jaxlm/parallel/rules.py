@@ -16,6 +16,7 @@ Dims = tuple[str | None, ...]
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("replica", "data", "fsdp", "expert"),
     "sequence": ("context",),
+    "residual": ("context",),
     "embed": ("fsdp",),
     "heads": ("model",),
     "kv_heads": ("model",),
@@ -24,7 +25,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": ("pipeline",),
     "experts": ("expert",),
 }
-"""Logical dim -> the mesh axes it is split over. `embed` is of parameters: activations keep it whole."""
+"""Logical dim -> the mesh axes it is split over. `embed` is of parameters: activations keep it whole. `residual` is the
+sequence between the blocks' halves, where norms and sums are: sequence parallelism cuts it over `model` too."""
 
 FLAG = {mesh_axis: axis for axis, mesh_axis in AXES.items()}
 """Mesh axis -> its name on the command line."""
@@ -86,6 +88,22 @@ class Layout:
         """Pin an activation, inside jit, to the sharding its logical `dims` ask for."""
         return jax.lax.with_sharding_constraint(x, self.sharding(dims))
 
+    def relay(self, x: jax.Array, was: Dims, becomes: Dims) -> jax.Array:
+        """`x` laid out by other dims, and its gradient laid out as `x` was: collectives that mirror each other.
+
+        A constraint alone would hold the gradient to `becomes` as well: summed whole where a part is wanted.
+        """
+
+        @jax.custom_vjp
+        def move(x: jax.Array) -> jax.Array:
+            return self.constrain(self.constrain(x, *was), *becomes)
+
+        def back(_: None, g: jax.Array) -> tuple[jax.Array]:
+            return (self.constrain(self.constrain(g, *becomes), *was),)
+
+        move.defvjp(lambda x: (move(x), None), back)
+        return move(x)
+
     def _axes(self, dim: str | None, name: str) -> tuple[str, ...]:
         if dim is None:
             return ()
@@ -139,6 +157,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "embed": ("fsdp", "pipeline"),
         "batch": (*RULES["batch"], "pipeline", "context"),
         "sequence": (),
+        "residual": (),
     },
 }
 """What differs from RULES, by what the arrays are for. stages: training where each stage holds its consecutive layers.
@@ -146,14 +165,20 @@ dealt: training where stages hold layers from all over the model, which are exch
 pipeline at all, its axis is one more of fsdp; decode: nor sequences to cut, so context takes rows too."""
 
 
-def layout(mesh: Mesh, *, kv_heads: int | None = None, variant: str = "stages") -> Layout:
+def layout(
+    mesh: Mesh, *, kv_heads: int | None = None, variant: str = "stages", sequence_parallel: bool = False
+) -> Layout:
     """The rules on `mesh`. With fewer key and value heads than `tp` needs, those heads are kept whole on each device.
 
     Args:
         kv_heads: heads of keys and values; a count that divides `tp` (multi-query attention) cannot be split by it.
         variant: one of VARIANTS.
+        sequence_parallel: norms and residuals cut over `model` by sequence (Korthikanti et al. 2022), where the
+            variant has sequences to cut.
     """
     rules = RULES | VARIANTS[variant]
+    if sequence_parallel and rules["residual"]:
+        rules["residual"] = (*rules["residual"], "model")
     model = mesh.shape["model"]
     if kv_heads is not None and kv_heads % model and model % kv_heads == 0:
         rules["kv_heads"] = ()

@@ -44,11 +44,11 @@ class Assembly:
         Where the batch has too few rows to give the pipeline's axis some of its own, its devices repeat each other.
         """
         layout = self.runtime.layout
-        if layout.mesh.shape["pipeline"] == layout.mesh.shape["context"] == 1:
+        if layout.mesh.shape["pipeline"] == layout.axis_size("residual") == 1:
             return self.runtime
-        other = rules.layout(layout.mesh, kv_heads=self.config.model.key_value_heads, variant=variant)
+        other = _layout(self.config, layout.mesh, variant)
         if variant == "forward" and self.config.data.batch_size % other.axis_size("batch"):
-            other = rules.layout(layout.mesh, kv_heads=self.config.model.key_value_heads, variant="dealt")
+            other = _layout(self.config, layout.mesh, "dealt")
         return replace(self.runtime, layout=other)
 
     def moved(self, params: build.Params, runtime: Runtime) -> build.Params:
@@ -80,9 +80,12 @@ def assemble(
         pipeline_chunks(config.pipeline.schedule, config.pipeline.chunks) == 1
         and config.model.layers % mesh.shape["pipeline"] == 0
     )
-    layout = rules.layout(mesh, kv_heads=config.model.key_value_heads, variant="stages" if even else "dealt")
+    layout = _layout(config, mesh, "stages" if even else "dealt")
     if not layout.rules["kv_heads"] and mesh.shape["model"] > 1:
         announce(f"{config.model.key_value_heads} kv heads are kept whole on each of tp{mesh.shape['model']}'s devices")
+    if "model" in layout.axes("residual"):
+        part = config.data.sequence_length // layout.axis_size("residual")
+        announce(f"sequence parallelism: norms and residuals of {part} tokens of a sequence a device")
     dtype = compute_dtype(config.precision, device.platform)
     choice = _choose_attention(config, config.model, device, dtype, cut=mesh.shape["context"] > 1)
     if (cuts := mesh.shape["context"]) > 1:
@@ -113,6 +116,16 @@ def assemble(
         step=steps.train_step(model, rule, schedule, config, runtime, plan),
         batch=steps.abstract_batch(config, runtime),
     )
+
+
+def _layout(config: RunConfig, mesh: Mesh, variant: str) -> rules.Layout:
+    asked = config.context.sequence_parallel
+    if asked == "auto":
+        # A CPU's simulated devices have one memory and no network: cutting costs and saves nothing.
+        fits = config.data.sequence_length % (mesh.shape["context"] * mesh.shape["model"]) == 0
+        asked = "on" if fits and mesh.devices.flat[0].platform != "cpu" else "off"
+    kv_heads = config.model.key_value_heads
+    return rules.layout(mesh, kv_heads=kv_heads, variant=variant, sequence_parallel=asked == "on")
 
 
 def _choose_attention(

@@ -121,4 +121,7 @@ def _parts(
         params = whole | shared
         return token_losses(model, params, model.finish(params, y, runtime), batch, runtime, config)[0]
 
-    return pipeline.Parts(first=first, chunk=chunk, last=last)
+    def pin(x):
+        return runtime.layout.constrain(x, "batch", "residual", None)
+
+    return pipeline.Parts(first=first, chunk=chunk, last=last, pin=pin)

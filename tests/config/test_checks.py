@@ -86,6 +86,10 @@ def test_what_works(argv):
         ),
         (["--mesh=cp4", "--context.method=allgather", "--data.sequence-length=20"], ["2 x cp 4 = 8", "allgather"]),
         (["--mesh=cp4", "--context.method=ulysses", "--data.sequence-length=30"], ["divide by cp 4", "length=32"]),
+        (
+            ["--mesh=dp2,tp4", "--context.sequence-parallel=on", "--data.sequence-length=30"],
+            ["cp 1 x tp 4 = 4", "length=32", "parallel=auto"],
+        ),
         (["--mesh=cp4,tp2", "--context.method=ulysses"], ["heads=4", "cp 4 x tp 2 = 8", "method=ring", "heads=8"]),
         (
             ["--model.experts=1"],

@@ -41,6 +41,7 @@ SET = {
     "pipeline.microbatches": "4",
     "pipeline.chunks": "4",
     "context.method": "ulysses",
+    "context.sequence_parallel": "on",
     "checkpoint.keep_every": "10",
     "eval.batches": "3",
     "eval.prompt": "class ",

@@ -1,0 +1,75 @@
+"""Sequence parallelism: what one device computes, in less memory, with sums that each device gets its part of."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxlm.config.schema import ContextConfig
+from jaxlm.parallel.collectives import collectives
+from jaxlm.train.step import eval_step
+from tests.train.battery import batch, build, compare, configuration, measure, on_one_device, place
+
+ON = {"context__sequence_parallel": "on"}
+RUNS = {"tp2": "gpt", "dp2,cp2,tp2": "llama", "pp2,tp2": "llama"}
+"""Mesh of the default suite -> model."""
+
+MORE = ["tp4", "dp2,tp2", "fsdp2,tp4", "cp2,tp4", "rep2,dp2,tp2", "ep2,tp2", "pp2,fsdp2,tp2", "pp2,cp2,tp2"]
+
+
+def check(mesh, style, **changes):
+    run = {key: value for key, value in changes.items() if key.startswith("model__")}
+    compare(measure(configuration(style, **ON, **changes), mesh), on_one_device(configuration(style, **run))).check()
+
+
+@pytest.mark.parametrize("mesh", RUNS)
+def test_mesh_equals_one_device(mesh):
+    check(mesh, RUNS[mesh])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["gpt", "llama", "moe"])
+@pytest.mark.parametrize("mesh", MORE)
+def test_more_meshes_equal_one_device(mesh, style):
+    if style != "moe" and "ep" in mesh:
+        pytest.skip("no experts to deal out")
+    check(mesh, style)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{"train__microbatches": 2}, {"remat": "full"}, {"remat": "selective"}, {"context__method": "ulysses"}]
+)
+def test_other_cuts_equal_one_device(changes):
+    check("dp2,cp2,tp2", "gpt", **changes)
+
+
+def test_evaluation_is_that_of_one_device():
+    config = configuration("gpt", **ON)
+    sums = []
+    for mesh in ("dp1", "tp4"):
+        assembly = build(config, mesh)
+        lengths = np.arange(assembly.model.padded_vocabulary, dtype=np.int32)
+        step = eval_step(assembly.model, config, assembly.unpiped("forward"))
+        sums.append([float(x) for x in step(assembly.init()["params"], place(assembly, batch(config, 0)), lengths)])
+    assert sums[1] == pytest.approx(sums[0], rel=1e-6)
+
+
+def test_generation_has_no_sequence_to_cut():
+    assembly = build(configuration("gpt", **ON), "dp2,tp4")
+    assert "model" in assembly.runtime.layout.axes("residual")
+    assert "model" not in assembly.unpiped("decode").layout.axes("residual")
+
+
+def test_memory_of_activations_falls():
+    temporary, kinds = {}, {}
+    for asked in ("on", "off"):
+        config = configuration("llama", model__layers=4, data__sequence_length=512, data__batch_size=2)
+        config = dataclasses.replace(config, context=ContextConfig(sequence_parallel=asked))
+        assembly = build(config, "tp4")
+        compiled = assembly.compile()
+        temporary[asked] = compiled.memory_analysis().temp_size_in_bytes
+        kinds[asked] = {c.kind for c in collectives(compiled.as_text(), assembly.runtime.layout.mesh) if c.axes == "tp"}
+    assert temporary["on"] < 0.8 * temporary["off"], temporary
+    # XLA:CPU has no reduce-scatter: it is a sum of which each device takes its part.
+    assert kinds == {"on": {"all-gather", "all-reduce"}, "off": {"all-reduce"}}
