@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models.attention import attend
 from jaxlm.models.experts import Experts
-from jaxlm.models.layers import Identity, Linear, Mlp, Norm, affine, dropout
+from jaxlm.models.layers import Identity, Linear, Mlp, Noise, Norm, affine, dropout
 from jaxlm.models.rope import Rotation, rotate
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
@@ -174,19 +174,19 @@ class Block(nnx.Module):
         window: int = 0,
         turn: Rotation | None = None,
         cache: LayerCache | None = None,
-        key: jax.Array | None = None,
+        noise: Noise | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Load | None]:
-        keys = (None, None) if key is None else jax.random.split(key)
+        noises = [None if noise is None else noise.of(half) for half in range(2)]
         a, cache = self.attention(
             self.attention_norm(x, runtime), tokens, runtime, window=window, turn=turn, cache=cache
         )
         a = checkpoint_name(a, "attention_out")
-        x = x + dropout(self.attention_post_norm(a, runtime), self.rate, keys[0])
+        x = x + dropout(self.attention_post_norm(a, runtime), self.rate, noises[0])
         m, load = self.mlp_norm(x, runtime), None
         if isinstance(self.mlp, Experts):
             m, load = self.mlp(m, tokens.segments_BT, runtime, drop=cache is None)
         else:
             m = self.mlp(m, runtime)
         m = checkpoint_name(m, "mlp_out")
-        x = x + dropout(self.mlp_post_norm(m, runtime), self.rate, keys[1])
+        x = x + dropout(self.mlp_post_norm(m, runtime), self.rate, noises[1])
         return runtime.layout.constrain(x, "batch", "residual", None), cache, load

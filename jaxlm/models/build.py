@@ -10,6 +10,7 @@ from flax import nnx
 from jaxlm.config.errors import UserError
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models.decoder import Cache, Decoder
+from jaxlm.models.layers import Noise
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel.rules import Dims
 
@@ -42,13 +43,18 @@ class Model:
         return nnx.to_pure_dict(nnx.split(Decoder(nnx.Rngs(params=key), self.config, self.padded_vocabulary))[1])
 
     def hidden(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
-        """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`."""
+        """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`.
+
+        With a `key`, dropout is on; then the batch has `places` too, the number of each token in it.
+        """
         return self.forward(params, batch, runtime, key)[0]
 
     def forward(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
         """As `hidden`, and the loads [L, ...] of a mixture of experts (`models.router.Load`), None of another model."""
         decoder = nnx.merge(self.graph, params)
-        x_BTD, _, loads = decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, key=key)
+        x_BTD, _, loads = decoder(
+            batch["tokens"], batch["segment_ids"], batch["positions"], runtime, noise=_noise(batch, key)
+        )
         return x_BTD, loads
 
     def decode(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, cache: Cache):
@@ -59,7 +65,7 @@ class Model:
     def embed(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
         """What the first block reads [B, T, D]: where a pipeline begins."""
         decoder = nnx.merge(self.graph, params)
-        return decoder.embed(batch["tokens"], batch["positions"], runtime, key=key)
+        return decoder.embed(batch["tokens"], batch["positions"], runtime, noise=_noise(batch, key))
 
     def chunk(
         self,
@@ -75,7 +81,8 @@ class Model:
         """`x_BTD` after the blocks in `params`, those of `numbers_L`, and their loads: a stage of a pipeline."""
         decoder = nnx.merge(self.graph, params)
         segments, positions = batch["segment_ids"], batch["positions"]
-        return decoder.run_chunk(numbers_L, x_BTD, segments, positions, runtime, ragged=ragged, key=key)
+        noise = _noise(batch, key)
+        return decoder.run_chunk(numbers_L, x_BTD, segments, positions, runtime, ragged=ragged, noise=noise)
 
     def finish(self, params: Params, x_BTD: jax.Array, runtime: Runtime) -> jax.Array:
         """The final norm of what the last block wrote: where a pipeline ends."""
@@ -93,6 +100,10 @@ class Model:
         if cap := self.config.logit_softcap:
             logits = cap * jnp.tanh(logits / cap)
         return logits.reshape(*x_BTD.shape[:-1], -1)[..., : self.vocabulary]
+
+
+def _noise(batch: dict[str, jax.Array], key: jax.Array | None) -> Noise | None:
+    return None if key is None else Noise(key, batch["places"])
 
 
 def padded(vocabulary: int) -> int:

@@ -14,11 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models.block import Block, Tokens
-from jaxlm.models.layers import Linear, Norm, dropout, normal, parameter
+from jaxlm.models.layers import Linear, Noise, Norm, dropout, normal, parameter
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.models.stack import run_chunk, run_stack
-from jaxlm.parallel.rules import axes_of
 
 Cache = dict[str, Any]
 """k, v [L, B, S, K, H]; positions, segments [B, S] (segment -1: empty); length, the slots used."""
@@ -32,8 +31,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, rows_BT: Int[Array, "B T"], runtime: Runtime) -> Float[Array, "B T D"]:
         table_RD, layout = runtime.use(self.embedding), runtime.layout
-        spec = layout.spec(self.embedding.get_metadata()["dims"])
-        cut = axes_of(spec, 0)
+        cut = layout.axes(self.embedding.get_metadata()["dims"][0])
         if not layout.manual or not cut:
             return table_RD[rows_BT]
         # Within a shard_map that left `tp` automatic, XLA aborts on a gather along a dim cut by it (in all versions so
@@ -54,7 +52,7 @@ class Embedding(nnx.Module):
         return jax.shard_map(
             local,
             mesh=jax.sharding.get_abstract_mesh(),
-            in_specs=(spec, PartitionSpec()),
+            in_specs=(PartitionSpec(cut), PartitionSpec()),
             out_specs=PartitionSpec(None, cut) if shared else PartitionSpec(),
             axis_names=frozenset(cut),
             check_vma=False,
@@ -87,17 +85,17 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         runtime: Runtime,
         *,
-        key: jax.Array | None = None,
+        noise: Noise | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Load | None]:
         """Hidden states after the final norm, the cache with this call's keys and values in it, and the loads [L, ...]
         of a mixture of experts."""
-        x = self.embed(tokens_BT, positions_BT, runtime, key=key)
+        x = self.embed(tokens_BT, positions_BT, runtime, noise=noise)
         where = Tokens(positions_BT, segments_BT)
         if cache is not None:
             cache = _append_tokens(cache, positions_BT, segments_BT)
             where = Tokens(positions_BT, segments_BT, cache["positions"], cache["segments"])
-        x, cache, loads = run_stack(self.blocks, self.config, x, where, runtime, key=key, cache=cache)
+        x, cache, loads = run_stack(self.blocks, self.config, x, where, runtime, noise=noise, cache=cache)
         return self.finish(x, runtime), cache, loads
 
     def embed(
@@ -106,7 +104,7 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         runtime: Runtime,
         *,
-        key: jax.Array | None = None,
+        noise: Noise | None = None,
     ) -> Float[Array, "B T D"]:
         """What the first block reads."""
         config, layout = self.config, runtime.layout
@@ -115,7 +113,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(math.sqrt(config.embed), x.dtype)
         if config.positions == "learned":
             x = x + self.positions(positions_BT, runtime)
-        x = dropout(x, config.dropout, None if key is None else jax.random.fold_in(key, config.layers))
+        x = dropout(x, config.dropout, None if noise is None else noise.of(config.layers))
         return layout.constrain(x, "batch", "residual", None)
 
     def finish(self, x_BTD: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
@@ -131,11 +129,11 @@ class Decoder(nnx.Module):
         runtime: Runtime,
         *,
         ragged: bool,
-        key: jax.Array | None = None,
+        noise: Noise | None = None,
     ) -> tuple[Float[Array, "B T D"], Load | None]:
         """Only the blocks that this decoder was given, which are those of `numbers_L`: a stage of a pipeline."""
         where = Tokens(positions_BT, segments_BT)
-        return run_chunk(self.blocks, self.config, numbers_L, x_BTD, where, runtime, ragged=ragged, key=key)
+        return run_chunk(self.blocks, self.config, numbers_L, x_BTD, where, runtime, ragged=ragged, noise=noise)
 
     def output_matrix(self, runtime: Runtime) -> tuple[jax.Array, bool]:
         """The output layer's weights, and whether they stand as [V, D] (tied) rather than [D, V]."""

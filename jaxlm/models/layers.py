@@ -6,11 +6,12 @@ Legend: B batch, T length, D embed, F mlp, N query heads, K kv heads, H head siz
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models.runtime import Runtime
@@ -211,9 +212,25 @@ def activate(name: str, x: jax.Array, gated: jax.Array | None) -> jax.Array:
     return y if gated is None else y * gated
 
 
-def dropout(x: Float[Array, "B T D"], rate: float, key: jax.Array | None) -> Float[Array, "B T D"]:
-    """Zero each element with probability `rate` and scale the others up; without a key (evaluation), the identity."""
-    if key is None or rate == 0.0:
+class Noise(NamedTuple):
+    """Randomness that a token takes with it, whatever the mesh, the microbatches or the order of the tokens."""
+
+    key: jax.Array
+    places_BT: Int[Array, "B T"]
+    """Number of each token in the batch."""
+
+    def of(self, number: int | jax.Array) -> "Noise":
+        """Another, for each `number`."""
+        return self._replace(key=jax.random.fold_in(self.key, number))
+
+
+def dropout(x: Float[Array, "B T D"], rate: float, noise: Noise | None) -> Float[Array, "B T D"]:
+    """Zero each element with probability `rate` and scale the others up; without noise (evaluation), the identity."""
+    if noise is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+
+    def keep_token(place: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(noise.key, place), 1.0 - rate, x.shape[-1:])
+
+    keep = jax.vmap(jax.vmap(keep_token))(noise.places_BT)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models import remat
 from jaxlm.models.block import Block, LayerCache, Tokens
+from jaxlm.models.layers import Noise
 from jaxlm.models.rope import Rotation, rotation
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
@@ -31,7 +32,7 @@ def run_stack(
     where: Tokens,
     runtime: Runtime,
     *,
-    key: jax.Array | None,
+    noise: Noise | None,
     cache: dict[str, Any] | None,
 ) -> tuple[jax.Array, dict[str, Any] | None, Load | None]:
     """Scan over the layers, a whole period of the window pattern at a turn, so that every window is static.
@@ -47,10 +48,12 @@ def run_stack(
     def apply(i: int, picked: bool, params, x: jax.Array, layer: jax.Array, kv) -> tuple[jax.Array, Any]:
         block, window = nnx.merge(graph, params), windows[i % period]
         layer_cache = None if kv is None else LayerCache(kv[0], kv[1], start)
-        layer_key = None if key is None else jax.random.fold_in(key, layer)
+        own_noise = None if noise is None else noise.of(layer)
         # Picking happens where weights are used: slices made out here would be kept, whole, for the backward pass.
         own = replace(runtime, pick=i) if picked else runtime
-        x, layer_cache, load = block(x, where, own, window=window, turn=turns[window], cache=layer_cache, key=layer_key)
+        x, layer_cache, load = block(
+            x, where, own, window=window, turn=turns[window], cache=layer_cache, noise=own_noise
+        )
         return x, (None if layer_cache is None else tuple(layer_cache[:2]), load)
 
     whole = config.layers // period * period
@@ -93,7 +96,7 @@ def run_chunk(
     runtime: Runtime,
     *,
     ragged: bool,
-    key: jax.Array | None,
+    noise: Noise | None,
 ) -> tuple[Float[Array, "B T D"], Load | None]:
     """The blocks that a pipeline's stage holds; `numbers_L` are their places in the model, known only as it runs.
 
@@ -106,9 +109,9 @@ def run_chunk(
 
     def block(window: int) -> Callable:
         def apply(params, x: jax.Array, number: jax.Array) -> tuple[jax.Array, Load | None]:
-            layer_key = None if key is None else jax.random.fold_in(key, number)
+            own_noise = None if noise is None else noise.of(number)
             run = nnx.merge(graph, params)
-            x, _, load = run(x, where, runtime, window=window, turn=turns[window], key=layer_key)
+            x, _, load = run(x, where, runtime, window=window, turn=turns[window], noise=own_noise)
             return x, load
 
         return remat.checkpoint(apply, runtime, scanned=True)

@@ -44,7 +44,8 @@ class Parts:
     last: Callable[[Tree, jax.Array, Batch], jax.Array]
     """(shared weights, y of the last layer, batch) -> loss sum."""
     pin: Callable[[jax.Array], jax.Array]
-    """x, held to how automatic axes cut activations: all branches must agree, and XLA would choose for each alone."""
+    """x, or a stack of such, held to how automatic axes cut activations: branches must agree, and XLA would choose for
+    each alone."""
 
 
 def layer_numbers(layers: int, stages: int, chunks: int) -> np.ndarray:
@@ -162,7 +163,7 @@ class _Engine:
             return jax.tree.map(lambda a: jnp.zeros((*lead, *a.shape), dtype or a.dtype), tree)
 
         def slots(count: int) -> jax.Array:
-            return jax.vmap(self.parts.pin)(zeros(self.x, (count + 1,)))
+            return self.parts.pin(zeros(self.x, (count + 1,)))
 
         return {
             "activations": slots(table.activation_slots),

@@ -45,10 +45,10 @@ def describe(config: RunConfig, layout: Layout) -> str:
 
 def gradients(
     model: Model,
+    config: RunConfig,
     params: Any,
     batch: dict[str, jax.Array],
     runtime: Runtime,
-    config: RunConfig,
     *,
     key: jax.Array | None,
     share: jax.Array,
@@ -59,7 +59,7 @@ def gradients(
 
     Args:
         batch: arrays [M, B / M, T].
-        key: of dropout, which each device folds its place into.
+        key: of dropout.
     """
     layout, plan = runtime.layout, table(config, runtime.layout)
     mesh = layout.mesh
@@ -76,10 +76,6 @@ def gradients(
         return jax.tree.map(lambda spec: cut_by(spec, manual), specs)
 
     def local(params: Any, batch: dict[str, jax.Array], share: jax.Array, key: jax.Array | None):
-        if key is not None:
-            for axis in layout.rules["batch"] + layout.rules["sequence"]:
-                key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-            batch = batch | {"microbatch": jnp.arange(plan.microbatches, dtype=jnp.int32)}
         (chunks, shared), back = jax.vjp(lambda params: pipeline.cut_weights(params, held, numbers, automatic), params)
         parts = _parts(model, shared | {"blocks": chunks}, inner, config, key, ragged=bool((numbers < 0).any()))
         dchunks, dshared, total, loads = pipeline.gradients(plan, parts, chunks, shared, numbers, batch, share)
@@ -106,22 +102,19 @@ def _parts(
 ) -> pipeline.Parts:
     """The engine's view of `model`; of each part's weights, those of other parts are taken from `whole`, unused."""
 
-    def own_key(batch: dict[str, jax.Array]) -> jax.Array | None:
-        return None if key is None else jax.random.fold_in(key, batch["microbatch"])
-
     def chunk(blocks, numbers, x, batch):
         params = whole | {"blocks": blocks}
-        y, loads = model.chunk(params, numbers, x, batch, runtime, ragged=ragged, key=own_key(batch))
+        y, loads = model.chunk(params, numbers, x, batch, runtime, ragged=ragged, key=key)
         return (y, jnp.zeros((), jnp.float32) if loads is None else loads.loss.sum()), loads
 
     def first(shared, batch):
-        return model.embed(whole | shared, batch, runtime, own_key(batch))
+        return model.embed(whole | shared, batch, runtime, key)
 
     def last(shared, y, batch):
         params = whole | shared
         return token_losses(model, params, model.finish(params, y, runtime), batch, runtime, config)[0]
 
     def pin(x):
-        return runtime.layout.constrain(x, "batch", "residual", None)
+        return runtime.layout.constrain(x, *[None] * (x.ndim - 3), "batch", "residual", None)
 
     return pipeline.Parts(first=first, chunk=chunk, last=last, pin=pin)

@@ -4,6 +4,7 @@ Legend: B batch, T length, D embed, V vocabulary, M microbatches.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxlm.models.build import Model
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import flags
-from jaxlm.train import balance, stages
+from jaxlm.train import balance, replicas, stages
 from jaxlm.train.loss import token_losses
 from jaxlm.train.state import State, StatePlan
 
@@ -83,13 +84,14 @@ def gradients(
     """
     count = batch["loss_mask"].sum()
     share = (1.0 if scale is None else scale) / jnp.maximum(count, 1.0)
-    if runtime.layout.mesh.shape["pipeline"] > 1:
+    mesh, run = runtime.layout.mesh, partial(_accumulated, model, config)
+    if mesh.shape["pipeline"] > 1:
         parts = stages.table(config, runtime.layout).microbatches
         batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
-        run = stages.gradients
-    else:
-        run = _accumulated
-    grads, sums = run(model, params, batch, runtime, config, key=key, share=share, shardings=shardings)
+        run = partial(stages.gradients, model, config)
+    elif mesh.shape["replica"] > 1:
+        run = partial(replicas.summed_across, run)
+    grads, sums = run(params, batch, runtime, key=key, share=share, shardings=shardings)
     if scale is not None:
         grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums[0], count, sums[1]
@@ -97,10 +99,10 @@ def gradients(
 
 def _accumulated(
     model: Model,
+    config: RunConfig,
     params: Any,
     batch: Batch,
     runtime: Runtime,
-    config: RunConfig,
     *,
     key: jax.Array | None,
     share: jax.Array,
@@ -109,26 +111,25 @@ def _accumulated(
     """Gradients of the loss sum times `share`, one microbatch after the other; the loss sum, and the loads."""
     parts = config.train.microbatches
 
-    def scaled_loss(params: Any, part: Batch, key: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, Load | None]]:
+    def scaled_loss(params: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Load | None]]:
         total, _, loads = loss_sums(model, params, part, runtime, config, key=key)
         return total * share, (total, loads)
 
-    def one(part: Batch, key: jax.Array | None) -> tuple[Any, tuple[jax.Array, Load | None]]:
-        grads, sums = jax.grad(scaled_loss, has_aux=True)(params, part, key)
+    def one(part: Batch) -> tuple[Any, tuple[jax.Array, Load | None]]:
+        grads, sums = jax.grad(scaled_loss, has_aux=True)(params, part)
         return jax.lax.with_sharding_constraint(grads, shardings), sums
 
     if parts == 1:
-        return one(batch, key)
+        return one(batch)
     batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
 
-    def accumulate(sums: Any, x: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        part, index = x
-        new = one(part, None if key is None else jax.random.fold_in(key, index))
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, new), None
+    def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, one(part)), None
 
-    zeros = jax.tree.map(lambda p, s: jnp.zeros(p.shape, jnp.float32, device=s), params, shardings)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = jax.lax.with_sharding_constraint(zeros, shardings)
     start = (zeros, (jnp.float32(0), Load.none(model.config, model.config.layers)))
-    return jax.lax.scan(accumulate, start, (batch, jnp.arange(parts)))[0]
+    return jax.lax.scan(accumulate, start, batch)[0]
 
 
 def _microbatches(x: jax.Array, parts: int, runtime: Runtime) -> jax.Array:
@@ -157,6 +158,9 @@ def train_step(
         key = None
         if model.config.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state["step"])
+            tokens = batch["tokens"]
+            places = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
+            batch = batch | {"places": runtime.layout.constrain(places, "batch", "sequence")}
         batch = runtime.arrange(batch)
         grads, total, count, loads = gradients(
             model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients

@@ -386,6 +386,7 @@ def dropped(mesh: str, key: jax.Array | None, **keys) -> np.ndarray:
     how = runtime(mesh)
     params = jax.tree.map(jnp.asarray, model("gpt2")[1])
     batch = {name: np.repeat(value, 4, axis=0) for name, value in packed().items()}
+    batch["places"] = np.arange(batch["tokens"].size, dtype=np.int32).reshape(batch["tokens"].shape)
     batch = {k: jax.device_put(v, how.layout.sharding(("batch", "sequence"))) for k, v in batch.items()}
     return np.asarray(jax.jit(lambda p, b: described.hidden(p, b, how, key))(params, batch))
 

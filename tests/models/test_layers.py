@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import ModelConfig
-from jaxlm.models.layers import ACTIVATIONS, Linear, Mlp, Norm, dropout, normal, parameter
+from jaxlm.models.layers import ACTIVATIONS, Linear, Mlp, Noise, Norm, dropout, normal, parameter
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import rules
 from jaxlm.parallel.mesh import from_devices
@@ -106,24 +106,21 @@ def test_activations_at_known_points():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rate):
-    x = jnp.ones((64, 32, 16))
-    y = np.asarray(dropout(x, rate, jax.random.key(0)))
+    x, noise = jnp.ones((64, 32, 16)), Noise(jax.random.key(0), jnp.arange(64 * 32).reshape(64, 32))
+    y = np.asarray(dropout(x, rate, noise))
     assert (y == 0).mean() == pytest.approx(rate, abs=0.01)
     np.testing.assert_allclose(y[y != 0], 1 / (1 - rate), rtol=1e-6)
-    assert dropout(x, rate, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
-    assert dropout(x.astype(jnp.bfloat16), rate, jax.random.key(0)).dtype == jnp.bfloat16
+    assert dropout(x, rate, None) is x and dropout(x, 0.0, noise) is x
+    assert dropout(x.astype(jnp.bfloat16), rate, noise).dtype == jnp.bfloat16
 
 
-def test_dropout_draws_the_same_on_any_mesh():
-    x = jnp.ones((8, 4, 16))
-    drawn = [
-        np.asarray(jax.jit(lambda y: dropout(y, 0.5, jax.random.key(0)))(
-            jax.device_put(x, runtime(mesh).layout.sharding(("batch", "sequence", None)))
-        ))
-        for mesh in ("dp1", "dp8", "dp2,fsdp2,tp2")
-    ]  # fmt: skip
-    np.testing.assert_array_equal(drawn[0], drawn[1])
-    np.testing.assert_array_equal(drawn[0], drawn[2])
+def test_dropout_goes_with_the_token():
+    x, places = jnp.ones((8, 4, 16)), jnp.arange(32).reshape(8, 4)
+    noise = Noise(jax.random.key(0), places)
+    y = np.asarray(dropout(x, 0.5, noise))
+    np.testing.assert_array_equal(dropout(x, 0.5, noise._replace(places_BT=places[::-1, ::-1])), y[::-1, ::-1])
+    assert (y != np.asarray(dropout(x, 0.5, noise.of(1)))).mean() == pytest.approx(0.5, abs=0.1)
+    assert len({row.tobytes() for row in y.reshape(-1, 16)}) == 32
 
 
 def test_use_gathers_over_fsdp_and_scatters_the_gradient():

@@ -55,6 +55,21 @@ def test_adafactor_equals_one_device(mesh: str, style: str) -> None:
     compare(measure(config, mesh), on_one_device(configuration(style, "adafactor"))).check()
 
 
+@pytest.mark.parametrize("mesh", ["dp2,cp2,tp2", pytest.param("pp2,dp2,cp2", marks=pytest.mark.slow)])
+def test_dropout_takes_the_same_elements(mesh: str) -> None:
+    dropped = configuration("gpt", model__dropout=0.3)
+    assert abs(on_one_device(dropped).losses[0] / on_one_device(configuration("gpt")).losses[0] - 1) > 1e-3
+    compare(measure(dropped, mesh), on_one_device(dropped)).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["dp2,tp2", "rep2,dp2", "pp2,tp2"])
+def test_dropout_takes_the_same_elements_in_microbatches(mesh: str) -> None:
+    how = "train__microbatches" if "pp" not in mesh else "pipeline__microbatches"
+    dropped = configuration("gpt", model__dropout=0.3, **{how: 4})
+    compare(measure(dropped, mesh), on_one_device(configuration("gpt", model__dropout=0.3))).check()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["gpt", "llama"])
 @pytest.mark.parametrize("mesh", MORE)
