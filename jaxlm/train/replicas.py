@@ -31,12 +31,11 @@ def summed_across(
     """
     layout = runtime.layout
     inner = replace(runtime, layout=layout.within(frozenset([AXIS])))
-    narrow = runtime.platform == "cpu"  # XLA:CPU aborts on a sum of bfloat16
 
     def across(x: jax.Array) -> jax.Array:
+        wide = runtime.platform == "cpu" and x.dtype == jnp.bfloat16  # whose sum XLA:CPU aborts on
         x = jax.lax.optimization_barrier(x)  # or XLA folds a sum of sums into one
-        total = jax.lax.psum(x.astype(jnp.promote_types(x.dtype, jnp.float32)) if narrow else x, AXIS)
-        return total.astype(x.dtype)
+        return jax.lax.psum(x.astype(jnp.float32) if wide else x, AXIS).astype(x.dtype)
 
     def local(params: Any, batch: dict[str, jax.Array], arguments: dict[str, Any]) -> tuple[Any, Any]:
         mesh = jax.sharding.get_abstract_mesh()

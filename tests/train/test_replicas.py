@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxlm.parallel.collectives import collectives
-from tests.train.battery import build, configuration
+from tests.train.battery import batch, build, configuration, place
 
 
 def sums(mesh: str, **changes) -> dict[str, int]:
@@ -28,3 +28,13 @@ def test_one_sum_inside_then_one_across(mesh):
     found, inside = sums(mesh), mesh.partition(",")[2][:-1]
     assert set(found) == {"rep", inside}, found
     assert found["rep"] == pytest.approx(parameter_bytes(mesh), rel=0.01)
+
+
+@pytest.mark.slow
+def test_sums_in_bfloat16():
+    config = configuration("gpt", precision__params="bfloat16", precision__compute="bfloat16")
+    losses = []
+    for mesh in ("dp4", "rep2,dp2"):
+        assembly = build(config, mesh)
+        losses.append(float(assembly.compile()(assembly.init(), place(assembly, batch(config, 0)))[1]["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
