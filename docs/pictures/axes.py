@@ -35,7 +35,7 @@ ARRAYS = {
     "tokens": ("batch", "sequence"),
     "residual stream": ("batch", "residual"),
     "heads": ("batch", "heads"),
-    "weights of a layer": ("embed", "mlp"),
+    "weights, of its layers": ("embed", "mlp"),
     "layers": ("layers", None),
     "experts": ("experts", None),
 }
@@ -52,9 +52,8 @@ def owners(layout: rules.Layout, dims: rules.Dims) -> np.ndarray:
     for device, index in layout.sharding(dims).devices_indices_map(held.shape).items():
         for cell in np.ndindex(held[index].shape):
             held[index][cell] = (*held[index][cell], devices.index(device))
-    if dims[1] == "sequence" and layout.axis_size("sequence") > 1:
-        place = np.argsort(zigzag.order(CELLS, layout.axis_size("sequence")))
-        held = held[:, place]
+    if dims[1] in ("sequence", "residual") and layout.axis_size("sequence") > 1:
+        held = held[:, np.argsort(zigzag.order(CELLS, layout.axis_size("sequence")))]
     return held
 
 
@@ -70,9 +69,8 @@ def draw(mesh: str, path: Path) -> None:
         from_devices(spec, jax.devices()[: spec.device_count]), sequence_parallel=spec.sizes["tp"] > 1
     )
     figure = Figure(figsize=(11, 2.3), layout="constrained")
-    figure.suptitle(
-        f"--mesh={mesh}: which of {spec.device_count} devices holds what (grey: all)", fontsize=9, x=0.01, ha="left"
-    )
+    heading = f"--mesh={mesh}: which of {spec.device_count} devices holds what (grey: all)"
+    figure.suptitle(heading, fontsize=9, x=0.01, ha="left")
     for axes, (title, dims) in zip(figure.subplots(1, len(ARRAYS)), ARRAYS.items(), strict=True):
         held = owners(layout, dims)
         axes.imshow([[colour(cell, spec.device_count) for cell in row] for row in held], aspect="auto")
@@ -82,7 +80,7 @@ def draw(mesh: str, path: Path) -> None:
             for column in _runs(sorted(set(columns))):
                 axes.text(np.mean(column), rows.mean(), label, ha="center", va="center", fontsize=7)
         axes.set_title(title, fontsize=8)
-        axes.set_xlabel(dims[1] or "", fontsize=7)
+        axes.set_xlabel((dims[1] or "").replace("residual", "sequence"), fontsize=7)
         axes.set_ylabel(dims[0], fontsize=7)
         axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=110)
