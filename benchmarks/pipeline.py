@@ -13,7 +13,7 @@ the same table and given to the simulator.
 The last virtual stage runs no forward of its own, because its backward makes it, but has the output layer, in its
 backward. The vocabulary is chosen so that the two take about as long: where a stage's forwards and backwards share
 ticks the sum is that of the other stages. Elsewhere (gpipe, and zb, which runs the output layer twice) it is not:
-`bubble_by_stage` is what the same table gives at costs fitted to each stage.
+`bubble_by_stage` is what the same table gives at costs fitted to each stage, and `ratio_by_stage` the bubble over it.
 
 Zero bubble: time of a step, the FLOPs of the matrix products that ran, and the simulator's time on more stages.
 
@@ -205,6 +205,7 @@ def compared(found: np.ndarray, table: Table) -> dict[str, Any]:
         "simulated_bubble": round(predicted, 4),
         "ratio": round(bubble(found) / predicted, 3),
         "bubble_by_stage": round(bubble(by_stage), 4),
+        "ratio_by_stage": round(bubble(found) / bubble(by_stage), 3),
         "bubble_at_default_costs": round(simulate(table).bubble, 4),
         "cost_milliseconds": {kind: round(cost, 2) for kind, cost in costs.items()},
         "stage_milliseconds": (found.sum(axis=0) / table.microbatches).round(2).tolist(),
