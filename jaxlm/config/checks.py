@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from jaxlm.config import effects
 from jaxlm.config.errors import UserError
@@ -61,8 +62,9 @@ def check(config: RunConfig, spec: MeshSpec, announce: Callable[[str], None] = l
     `announce` is told of each key that is set, has no effect on this mesh and yet is no mistake.
     """
     spec = MeshSpec(sizes={axis: max(size, 1) for axis, size in spec.sizes.items()})
-    one_run = (*_ranges(config), *_model(config.model), *_data(config), *_training(config))
-    for problem in (*one_run, *effects.mistakes(config), *_pipeline(config, spec), *_mesh(config, spec)):
+    one_run = (_ranges(config), _model(config.model), _data(config), _training(config), effects.mistakes(config))
+    # Each looks only once those before it found nothing: a size that is 0 is never divided by.
+    for problem in chain(*one_run, _pipeline(config, spec), _mesh(config, spec)):
         raise UserError(problem)
     for line in effects.idle(config, spec):
         announce(line)

@@ -99,5 +99,5 @@ def parse(text: str) -> MeshSpec:
         named.add(axis)
         sizes[axis] = size
     if sum(size == -1 for size in sizes.values()) > 1:
-        raise UserError(f"mesh {shown(text)}: two sizes are -1; only one can be the rest of the devices (--mesh)")
+        raise UserError(f"mesh {shown(text)}: two sizes are -1; give all but one a number (--mesh)")
     return MeshSpec(sizes=sizes)

@@ -42,6 +42,8 @@ def test_what_works(argv):
     "argv, parts",
     [
         (["--model.layers=0"], ["--model.layers=0", "1 or more"]),
+        (["--model.layers=0", "--mesh=pp2"], ["--model.layers=0", "1 or more"]),
+        (["--train.microbatches=0", "--mesh=dp2"], ["--train.microbatches=0", "1 or more"]),
         (["--model.kv-heads=0"], ["--model.kv-heads=0", "1 or more"]),
         (["--model.windows=0,-1"], ["--model.windows=-1", "0 or more"]),
         (["--model.dropout=1"], ["--model.dropout=1", "below 1"]),

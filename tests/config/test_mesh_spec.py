@@ -65,7 +65,7 @@ def test_a_mesh_that_does_not_fit_names_one_that_does(text, parts):
         ("dp2,dp4", ["'dp' stands twice"]),
         ("dp0", ["size 0 of 'dp'"]),
         ("dp-2", ["size -2 of 'dp'"]),
-        ("dp-1,tp-1", ["only one"]),
+        ("dp-1,tp-1", ["two sizes are -1; give all but one a number"]),
         ("x" * 10_000 + "4", ["no axis"]),
         ("dp" + "9" * 10_000, ["is not an axis"]),
     ],
