@@ -8,7 +8,7 @@ from jaxlm.config import effects
 from jaxlm.config.errors import UserError
 from jaxlm.config.load import items
 from jaxlm.config.mesh_spec import MeshSpec
-from jaxlm.config.schema import ModelConfig, RunConfig
+from jaxlm.config.schema import VOCABULARY_MULTIPLE, ModelConfig, RunConfig
 from jaxlm.config.values import option, shown
 
 LARGEST = 2**31 - 1
@@ -84,6 +84,17 @@ def data_ways(spec: MeshSpec) -> int:
     return math.prod(spec.sizes[axis] for axis in BATCH)
 
 
+def vocabulary(size: int, tp: int) -> Iterator[str]:
+    """What is wrong with a vocabulary of `size`, the model's or its tokenizer's, on `tp` devices."""
+    rows = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if rows % tp:
+        both = math.lcm(VOCABULARY_MULTIPLE, tp)
+        yield (
+            f"a vocabulary of {size} tokens is padded to {rows}, which does not divide by tp {tp}; "
+            f"use --model.vocabulary={-(-size // both) * both} or tp{_nearest_divisor(VOCABULARY_MULTIPLE, tp)}"
+        )
+
+
 def pipeline_chunks(schedule: str, chunks: int) -> int:
     """Pieces of the model that each stage holds."""
     return chunks if schedule == "interleaved" else 1
@@ -124,13 +135,6 @@ def _pipeline(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
         yield (
             f"--pipeline.microbatches={config.pipeline.microbatches} is fewer than pp {stages}: stages would stay "
             f"empty; use --pipeline.microbatches={stages} or more"
-        )
-    ways, m = spec.sizes["fsdp"] * stages, config.model
-    if m.embed % ways:
-        near = _nearest_multiple(m.embed, math.lcm(ways, 1 if m.head_size else m.heads))
-        yield (
-            f"--model.embed={m.embed} does not divide by fsdp {spec.sizes['fsdp']} x pp {stages} = {ways}, "
-            f"by which evaluation cuts parameters; use --model.embed={near}"
         )
 
 
@@ -227,6 +231,9 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
             f"--model.kv-heads={kv_heads} neither divides by tp {tp} of mesh {spec} nor divides it; "
             f"use tp{_nearest_divisor(kv_heads, tp)}"
         )
+    if m.vocabulary is not None:
+        yield from vocabulary(m.vocabulary, tp)
+    yield from _embed(m, spec)
     yield from _context(config, spec)
     yield from _experts(m, spec)
     ways, parts, kind = data_ways(spec), config.train.microbatches, "microbatches"
@@ -242,6 +249,17 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
             f"--data.batch-size={config.data.batch_size} does not divide by {product} = {ways * parts}; "
             f"use --data.batch-size={_nearest_multiple(config.data.batch_size, ways * parts)}"
         )
+
+
+def _embed(m: ModelConfig, spec: MeshSpec) -> Iterator[str]:
+    fsdp, stages = spec.sizes["fsdp"], spec.sizes["pp"]
+    ways = fsdp * stages
+    if m.embed % ways:
+        product = f"fsdp {fsdp} of mesh {spec}"
+        if stages > 1:
+            product = f"fsdp {fsdp} x pp {stages} = {ways}, by which evaluation cuts parameters"
+        near = _nearest_multiple(m.embed, math.lcm(ways, 1 if m.head_size else m.heads))
+        yield f"--model.embed={m.embed} does not divide by {product}; use --model.embed={near}"
 
 
 def _context(config: RunConfig, spec: MeshSpec) -> Iterator[str]:

@@ -7,6 +7,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "reference", "xla", "cudnn", "splash"]
 RematPolicy = Literal["none", "full", "dots", "selective", "offload"]
 
+VOCABULARY_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this, so that it divides over `tp` and fills the matrix units."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config.errors import UserError
-from jaxlm.config.schema import ModelConfig
+from jaxlm.config.schema import VOCABULARY_MULTIPLE, ModelConfig
 from jaxlm.models.decoder import Cache, Decoder
 from jaxlm.models.layers import Noise
 from jaxlm.models.runtime import Runtime
@@ -16,9 +16,6 @@ from jaxlm.parallel.rules import Dims
 
 Params = dict[str, Any]
 """Nested dict of arrays; the blocks' are stacked on a leading `layers` dim."""
-
-VOCABULARY_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this, so that it divides over `tp` and fills the matrix units."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxlm.config.checks import pipeline_chunks
+from jaxlm.config import checks
+from jaxlm.config.errors import UserError
 from jaxlm.config.schema import ModelConfig, RunConfig
 from jaxlm.models import attention, build
 from jaxlm.models.runtime import Runtime, compute_dtype
@@ -76,8 +77,10 @@ def assemble(
     """
     device = mesh.devices.flat[0]
     model = build.build(config.model, tokenizer_vocabulary)
+    for problem in checks.vocabulary(model.vocabulary, mesh.shape["model"]):
+        raise UserError(problem)
     even = (
-        pipeline_chunks(config.pipeline.schedule, config.pipeline.chunks) == 1
+        checks.pipeline_chunks(config.pipeline.schedule, config.pipeline.chunks) == 1
         and config.model.layers % mesh.shape["pipeline"] == 0
     )
     layout = _layout(config, mesh, "stages" if even else "dealt")

@@ -76,6 +76,11 @@ def test_what_works(argv):
         (["--mesh=pp2", "--pipeline.microbatches=3"], ["--data.batch-size=16", "pipeline microbatches 3 = 3", "15"]),
         (["--mesh=pp4,dp8"], ["dp 8 x pipeline microbatches 4 = 32", "--data.batch-size=32"]),
         (["--mesh=pp3", "--data.batch-size=12"], ["--model.embed=128", "fsdp 1 x pp 3 = 3", "--model.embed=132"]),
+        (["--mesh=fsdp3", "--data.batch-size=12"], ["--model.embed=128", "fsdp 3 of mesh fsdp3", "--model.embed=132"]),
+        (
+            ["--mesh=tp3", "--model.heads=3", "--model.embed=96", "--model.mlp=513", "--model.vocabulary=2048"],
+            ["2048 tokens", "tp 3", "use --model.vocabulary=2304 or tp"],
+        ),
         (["--mesh=tp3"], ["--model.heads=4 does not divide by tp 3", "tp4"]),
         (["--mesh=tp4", "--model.mlp=510"], ["--model.mlp=510", "512"]),
         (
