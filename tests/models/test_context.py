@@ -182,6 +182,13 @@ def test_keys_go_around_the_ring_and_are_never_gathered():
     assert most_bytes - 2 * KEYS_BYTES - SEGMENTS_BYTES <= bytes_by_kind["collective-permute"] <= most_bytes
 
 
+def test_of_two_devices_only_the_gradients_of_the_other_travel():
+    """Keys and values forward (XLA sees that the backward's are the same), their gradients home."""
+    mesh = mesh_named("cp2")
+    (row,) = collectives(sharded_program(mesh, "ring", 4)[0].as_text(), mesh)
+    assert (row.kind, row.bytes) == ("collective-permute", 2 * (2 * 2 * KEYS_BYTES + SEGMENTS_BYTES))
+
+
 def test_a_window_shortens_the_journey():
     """One that reaches back one piece needs the neighbours alone, one that reaches no further than a token no one."""
     around, near = traffic("ring")["collective-permute"], traffic("ring", window=12)["collective-permute"]

@@ -171,9 +171,16 @@ def _journey(
     (direction, rounds), index = journey, jax.lax.axis_index(SEQUENCE_AXIS)
     shift = partial(_shift, permutes=permutes)
 
+    def visit_by(state, kv, number):
+        return visit(state, kv, (index - direction * number) % jax.lax.axis_size(SEQUENCE_AXIS))
+
+    if rounds == 1:  # what the owner has itself needs no journey
+        state, new = visit_by(state, shift(own, direction), 1)
+        return state, jax.tree.map(jnp.add, sums, shift(new, -direction))
+
     def meet(state, kv, sums, number):
         arrived = shift(sums, direction)  # while the visit computes
-        state, new = visit(state, kv, (index - direction * number) % jax.lax.axis_size(SEQUENCE_AXIS))
+        state, new = visit_by(state, kv, number)
         return state, jax.tree.map(jnp.add, arrived, new)
 
     def turn(carry, number):
