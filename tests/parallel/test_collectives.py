@@ -257,7 +257,7 @@ def test_programs_of_other_compilers(file, mesh, wanted):
     """Compiled for TPU v5p and H100: loops without a stated trip count, reduce-scatters and asynchronous collectives
     written as fusions, starts whose results hold operands too."""
     text = (Path(__file__).with_name("hlo") / f"{file}.txt").read_text()
-    assert {dataclasses.astuple(row) for row in collectives(text, mesh_of(mesh))} == wanted
+    assert {dataclasses.astuple(row)[:5] for row in collectives(text, mesh_of(mesh))} == wanted
 
 
 LOOP = """HloModule m

@@ -1,4 +1,4 @@
-"""Products of all seven axes, drawn at random: each is refused in one line that names its cure, or trains as one device.
+"""Products of all seven axes, drawn at random: each is refused in a line that names its cure, or trains as one device.
 
 A mesh of up to 8 devices is drawn, and a model, a batch and a pipeline that it divides; then some of the numbers are
 replaced by any others. What is accepted is built, layout by layout, and traced; some of it is run.
