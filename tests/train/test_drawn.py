@@ -73,12 +73,13 @@ def fitting(draw: st.DrawFn) -> Keys:
         "model.mlp": tp * draw(st.integers(1, 9)),
         "model.vocabulary": 128 * tp - draw(st.integers(0, 9)),
         "model.experts": experts,
-        "data.sequence_length": 2 * cp * draw(st.integers(1, 4)),
+        "data.sequence_length": 2 * cp * tp * draw(st.integers(1, 4)),
         "data.batch_size": rows * (parts or pp) * accumulated * draw(st.integers(1, 2)),
         "train.microbatches": accumulated,
         "pipeline.schedule": schedule,
         "pipeline.microbatches": parts,
         "context.method": method,
+        "context.sequence_parallel": draw(st.sampled_from(["auto", "on", "off"])),
     }
     if chunks:
         keys["pipeline.chunks"] = chunks
@@ -177,7 +178,7 @@ def test_what_is_accepted_can_be_built(keys: Keys, more: Keys) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
 @given(fitting(), small)
 def test_more_of_what_is_accepted_can_be_built(keys: Keys, more: Keys) -> None:
     check_built(keys | more)
@@ -202,13 +203,14 @@ def battery_runs(draw: st.DrawFn) -> tuple[str, str, Keys, Keys]:
         "model__embed": math.lcm(128, of["fsdp"] * pp),
         "model__mlp": math.lcm(256, tp),
         "model__vocabulary": math.lcm(256, tp) - 6,
-        "data__sequence_length": math.lcm(32, 2 * cp),
+        "data__sequence_length": math.lcm(32, 2 * cp * tp),
     }
     if style == "moe":
         what |= {"model__experts": math.lcm(8, of["ep"])}
     how: Keys = {
         "remat": draw(st.sampled_from(["none", "full", "dots", "selective"])),
         "context__method": method,
+        "context__sequence_parallel": draw(st.sampled_from(["on", "off"])),
         "train__loss_chunk": draw(st.sampled_from([0, 100])),
     }
     parts = 1
