@@ -4,6 +4,7 @@
 #   make train ARGS="--train.steps=50 --run=runs/short"
 #   make test                  the default test suite; TESTS=tests/data runs a part of it
 #   make PYTHON=python3.12 VENV=.venv-3.12 test
+#   make VENV=.venv-tpu test-tpu   compiles for TPU without one; on its own, as with libtpu jax looks for TPUs at each start
 
 VENV ?= .venv
 PYTHON ?=
@@ -15,11 +16,11 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint types coverage parity benchmarks clean
+.PHONY: help train test test-slow test-tpu lint types coverage parity benchmarks clean
 
 help:
 	@sed -n 's/^#  *make /  make /p' Makefile
-	@echo "  make test-slow | lint | types | coverage | parity | benchmarks | clean"
+	@echo "  make test-slow | test-tpu | lint | types | coverage | parity | benchmarks | clean"
 
 train: $(VENV)/.has-core
 	$(BIN)/python -m jaxlm.train --mesh=dp4,tp2 $(ARGS)
@@ -29,6 +30,9 @@ test: $(VENV)/.has-test
 
 test-slow: $(VENV)/.has-test
 	$(PYTEST) -m slow $(TESTS) $(ARGS)
+
+test-tpu: $(VENV)/.has-tpu
+	$(PYTEST) -m slow -k tpu $(TESTS) $(ARGS)
 
 lint: $(VENV)/.has-dev
 	$(BIN)/ruff check .
@@ -66,6 +70,7 @@ $(BIN)/python:
 EXTRA_core :=
 EXTRA_test := [test]
 EXTRA_dev := [dev]
+EXTRA_tpu := [test,tpu-compile]
 $(VENV)/.has-%: pyproject.toml | $(BIN)/python
 	@echo "Installing jaxlm$(EXTRA_$*) into $(VENV) (a minute or two the first time)"
 	@if command -v uv >/dev/null; then \

@@ -206,16 +206,24 @@ def _in_fusions(program: Program, computation: Computation) -> Iterator[_Found]:
             continue
         (name,) = fusion.called("calls")
         computes = name.startswith("async_collective_fusion") and _works(program, fusion)
-        before = [chains[operand] for operand in fusion.operands if operand in chains]
-        for link in before:
-            chains[fusion.name] = link
-            found[link] = replace(found[link], overlapped=found[link].overlapped or computes)
-        for inner in () if before else _fused(program, name):
-            scatters = name.startswith("all-reduce-scatter")
-            kind, result = ("reduce-scatter", fusion.result) if scatters else (inner.opcode, inner.result)
-            chains[fusion.name] = len(found)
-            found.append(_Found(kind=kind, result=result, groups=inner.rest, overlapped=computes))
+        before = {chains[operand] for operand in fusion.operands if operand in chains}
+        for inner in _fused(program, name):
+            # What only reads the result of a chain may hold a collective of its own.
+            linked = [link for link in before if _channel(found[link].groups) == _channel(inner.rest)]
+            for link in linked:
+                chains[fusion.name] = link
+                found[link] = replace(found[link], overlapped=found[link].overlapped or computes)
+            if not linked:
+                scatters = name.startswith("all-reduce-scatter")
+                kind, result = ("reduce-scatter", fusion.result) if scatters else (inner.opcode, inner.result)
+                chains[fusion.name] = len(found)
+                found.append(_Found(kind=kind, result=result, groups=inner.rest, overlapped=computes))
     yield from found
+
+
+def _channel(rest: str) -> str:
+    """The number that all parts of a collective have in common."""
+    return rest.partition("channel_id=")[2].partition(",")[0]
 
 
 def _fused(program: Program, name: str) -> Iterator[Instruction]:

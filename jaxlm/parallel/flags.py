@@ -31,7 +31,12 @@ class Option:
     name: str
     value: bool | int
     why: str
+    kinds: tuple[str, ...] = ()
+    """Kinds of device that it is for, as JAX calls them; of none, all of its platform."""
 
+
+V5E = ("TPU v5 lite", "TPU v5e")
+"""Elsewhere the compiler refuses to carry collectives on inside matrix products, or warns of wrong results."""
 
 OPTIONS: dict[str, tuple[Option, ...]] = {
     "cpu": (),
@@ -62,21 +67,25 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             name="xla_tpu_enable_async_collective_fusion",
             value=True,
             why="carries a collective on inside the matrix products beside it",
+            kinds=V5E,
         ),
         Option(
             name="xla_tpu_enable_async_collective_fusion_fuse_all_gather",
             value=True,
             why="fsdp: so for the gathers of weights",
+            kinds=V5E,
         ),
         Option(
             name="xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
             value=True,
             why="dp, tp: so for the sums of gradients and activations",
+            kinds=V5E,
         ),
         Option(
             name="xla_tpu_enable_async_collective_fusion_multiple_steps",
             value=True,
             why="one collective may span several products",
+            kinds=V5E,
         ),
         Option(
             name="xla_tpu_overlap_compute_collective_tc",
@@ -90,10 +99,11 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 """By platform. Each has been given to that platform's compiler: see `benchmarks/tpu_compile.py`."""
 
 
-def options(platform: str) -> tuple[Option, ...]:
-    """Those for `platform`, without the ones that the environment names."""
+def options(platform: str, kind: str) -> tuple[Option, ...]:
+    """Those for devices of `kind` on `platform`, without the ones that the environment names."""
     named = {name for key in ENVIRONMENT for name in re.findall(r"--(\w+)", os.environ.get(key, ""))}
-    return tuple(option for option in OPTIONS[platform] if option.name not in named)
+    meant = (option for option in OPTIONS[platform] if not option.kinds or kind in option.kinds)
+    return tuple(option for option in meant if option.name not in named)
 
 
 def compile_with(

@@ -75,7 +75,8 @@ def explain(model: Model, plan: StatePlan, compiled: jax.stages.Compiled, consol
     memory(plan, compiled, console)
     mesh = cast(Mesh, rows[0].sharding.mesh)
     traffic = Table(title="collectives of one compiled step, per device", box=box.SIMPLE_HEAD)
-    options = flags.options(mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    options = flags.options(device.platform, device.device_kind)
     for column in ("kind", "axis", "count", "bytes", *(["overlapped"] if options else [])):
         traffic.add_column(column, justify="left" if column in ("kind", "axis") else "right")
     found = collectives(compiled.as_text() or "", mesh)

@@ -224,7 +224,8 @@ def compile_step(
         donate_argnums=0,
         out_shardings=(plan.shardings, NamedSharding(mesh, PartitionSpec())),
     )
-    options = flags.options(mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    options = flags.options(device.platform, device.device_kind)
     if options:
         announce(f"{len(options)} compiler options hide communication behind computation (--explain lists them)")
     return flags.compile_with(jitted.lower(plan.abstract, batch), options, announce)

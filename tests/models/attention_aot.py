@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # by tests that run side by side
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax  # noqa: E402

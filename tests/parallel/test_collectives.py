@@ -367,3 +367,41 @@ def test_no_axis_moves_what_another_owns():
     for row in rows:
         allowed = {"all-gather": ("fsdp",), "all-reduce": ("tp", "dp", "fsdp", "dp+fsdp")}
         assert row.axes in allowed.get(row.kind, ()) or row.bytes <= SCALARS, row
+
+
+CHAIN = """HloModule m
+%start (p: f32[4]) -> (f32[4], f32[8]) {
+  %p = f32[4]{0} parameter(0)
+  %g = f32[8]{0} all-gather(%p), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %t = (f32[4]{0}, f32[8]{0}) custom-call(%g), custom_call_target="start"
+}
+%async_collective_fusion (x: f32[8,8], q: f32[4], r: f32[8]) -> (f32[8,8], f32[8]) {
+  %x = f32[8,8]{1,0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  %r = f32[8]{0} parameter(2)
+  %d = f32[8,8]{1,0} convolution(%x, %x), dim_labels=bf_io->bf
+  %h = f32[8]{0} all-gather(%q), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %u = (f32[8,8]{1,0}, f32[8]{0}) tuple(%d, %h)
+}
+%all-reduce-scatter (y: f32[8,8]) -> f32[4,8] {
+  %y = f32[8,8]{1,0} parameter(0)
+  %s = f32[8,8]{1,0} all-reduce(%y), channel_id=2, replica_groups={{0,1}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %v = f32[4,8]{1,0} dynamic-slice(%s, %zero, %zero), dynamic_slice_sizes={4,8}
+}
+ENTRY %main (a: f32[4], b: f32[8,8]) -> f32[4,8] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[8,8]{1,0} parameter(1)
+  %first = (f32[4]{0}, f32[8]{0}) fusion(%a), kind=kCustom, calls=%start
+  %own = f32[4]{0} get-tuple-element(%first), index=0
+  %all = f32[8]{0} get-tuple-element(%first), index=1
+  %second = (f32[8,8]{1,0}, f32[8]{0}) fusion(%b, %own, %all), kind=kCustom, calls=%async_collective_fusion
+  %product = f32[8,8]{1,0} get-tuple-element(%second), index=0
+  ROOT %part = f32[4,8]{1,0} fusion(%product), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_what_reads_a_product_that_hid_a_collective_may_be_another_collective():
+    found = {dataclasses.astuple(row) for row in collectives(CHAIN, mesh_of("dp2"))}
+    assert found == {("reduce-scatter", "dp", 1, 128, 0), ("all-gather", "dp", 1, 32, 1)}

@@ -10,8 +10,8 @@ from jaxlm.train.explain import compiler_options
 ADD = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), "float32"))
 
 
-def names(platform: str) -> list[str]:
-    return [option.name for option in flags.options(platform)]
+def names(platform: str, kind: str = "") -> list[str]:
+    return [option.name for option in flags.options(platform, kind)]
 
 
 @pytest.mark.parametrize("platform", flags.OPTIONS)
@@ -20,6 +20,12 @@ def test_each_option_is_named_once_and_says_why(platform):
     assert len({option.name for option in chosen}) == len(chosen)
     assert all(option.why and "\n" not in option.why and len(option.why) < 80 for option in chosen)
     assert bool(chosen) == (platform != "cpu")
+
+
+def test_only_the_tpu_that_can_carries_collectives_on_inside_products():
+    v5e, v5p = names("tpu", "TPU v5 lite"), names("tpu", "TPU v5")
+    assert v5e == [option.name for option in flags.OPTIONS["tpu"]]
+    assert v5p and v5p == [name for name in v5e if "async_collective_fusion" not in name]
 
 
 @pytest.mark.parametrize("variable", flags.ENVIRONMENT)
