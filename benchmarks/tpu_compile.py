@@ -9,6 +9,7 @@ into the memory of a chip is an error of the compiler. Each case has a process o
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -126,6 +127,8 @@ def main(argv: list[str]) -> None:
     options, _ = load(Options, argv)
     if unknown := {options.case or options.cases[0], *options.cases} - CASES.keys():
         raise UserError(f"no case {', '.join(sorted(unknown))}; the cases are {' '.join(CASES)} (--cases)")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu is not installed: pip install -e '.[tpu-compile]'")
     if options.case:
         print(json.dumps(compiled(CASES[options.case])))
         return
@@ -134,8 +137,12 @@ def main(argv: list[str]) -> None:
         command = [sys.executable, __file__, f"--case={name}"]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = figures[name] = json.loads(child.stdout.splitlines()[-1])
-        sizes = f"{row['temporary_bytes'] / 1e9:.2f} GB of temporaries, {row['argument_bytes'] / 1e9:.2f} GB of arguments"
-        print(f"{name}: {row['topology']} {row['mesh']}: {sizes}, compiled in {row['compile_seconds']:.0f} s", flush=True)
+        sizes = (
+            f"{row['temporary_bytes'] / 1e9:.2f} GB of temporaries, {row['argument_bytes'] / 1e9:.2f} GB of arguments"
+        )
+        print(
+            f"{name}: {row['topology']} {row['mesh']}: {sizes}, compiled in {row['compile_seconds']:.0f} s", flush=True
+        )
         for moved in row["collectives"]:
             counts = f"{moved['count']:,} times, {moved['overlapped']:,} of them hidden"
             print(f"    {moved['kind']} over {moved['axes']}: {counts}, {moved['bytes'] / 1e9:.3f} GB", flush=True)

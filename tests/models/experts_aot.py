@@ -1,7 +1,5 @@
-"""Compile a mixture of experts for TPU or CUDA without the hardware: experts_aot.py tpu|cuda. Fails if rows do not
-travel by ragged all-to-all, or if anything as large as an expert travels over ep."""
-
-import sys
+"""Compile a mixture of experts for CUDA without the hardware. Fails if rows do not travel by ragged all-to-all, or if
+anything as large as an expert travels over ep."""
 
 from attention_aot import devices  # which comes first: it says where jax finds its devices
 
@@ -21,9 +19,9 @@ B, T, D, F = 16, 512, 512, 1024
 CONFIG = ModelConfig(layers=1, embed=D, heads=8, mlp=F, gated=True, activation="silu", mlp_bias=False, experts=8)
 
 
-def compiled(platform: str) -> list[Collective]:
+def compiled() -> list[Collective]:
     """The collectives of forward and backward on ep4,tp2."""
-    layout = rules.layout(from_devices(parse("ep4,tp2"), devices(platform)))
+    layout = rules.layout(from_devices(parse("ep4,tp2"), devices("cuda")))
     how = Runtime(layout=layout, dtype=jnp.dtype("bfloat16"))
     graph, state = nnx.split(nnx.eval_shape(lambda: Experts(nnx.Rngs(0), CONFIG)))
     places = {path: layout.sharding(leaf.get_metadata()["dims"]) for path, leaf in nnx.to_flat_state(state)}
@@ -44,8 +42,8 @@ def compiled(platform: str) -> list[Collective]:
     return collectives(program.as_text(), layout.mesh)
 
 
-def main(platform: str) -> None:
-    found = compiled(platform)
+def main() -> None:
+    found = compiled()
     for row in found:
         print(row)
     over_ep = {row.kind: row for row in found if "ep" in row.axes}
@@ -54,4 +52,4 @@ def main(platform: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -43,3 +43,44 @@ class Program:
 
     def bytes(self, kind: str, axes: str) -> int:
         return self.moved[kind, axes]["bytes"] if (kind, axes) in self.moved else 0
+
+
+def test_fsdp_gathers_and_scatters_weights_and_tp_sums_activations():
+    program = Program("fsdp-tp")
+    assert program.kinds("tp") == {"all-reduce"}, "neither weights nor logits move over tp"
+    assert program.kinds("fsdp") >= {"all-gather", "reduce-scatter"}
+    assert program.temporary_bytes < 13e9
+
+
+def test_memory_of_1f1b_does_not_grow_with_microbatches():
+    few, many = Program("pp-fsdp-tp-8"), Program("pp-fsdp-tp-32")
+    assert many.temporary_bytes <= 1.02 * few.temporary_bytes
+    for program in (few, many):
+        assert "collective-permute" in program.kinds("pp")
+        assert {"fsdp", "tp"} <= set(program.branches)  # else the next line would show nothing
+        assert not [axes for axes in program.branches if "pp" in axes or axes == "other"]
+
+
+def test_a_ring_of_four_times_the_chips_holds_four_times_the_sequence():
+    cube, larger = Program("cp-ring"), Program("cp-ring-larger")
+    assert larger.temporary_bytes <= 1.02 * cube.temporary_bytes
+    for program in (cube, larger):
+        assert ("collective-permute", "cp") in program.moved
+        assert program.kinds("cp") <= {"collective-permute", "all-reduce"}, "keys are never gathered"
+
+
+def test_ulysses_exchanges_heads_for_tokens():
+    program = Program("cp-ulysses")
+    assert ("all-to-all", "cp") in program.moved
+    assert "collective-permute" not in program.kinds("cp")
+
+
+def test_rows_go_to_the_experts_and_no_expert_goes_to_the_rows():
+    program = Program("ep-fsdp")
+    assert ("ragged-all-to-all", "ep") in program.moved
+
+
+def test_pipeline_and_ring_and_tensor_together():
+    program = Program("pp-cp-tp")
+    assert ("collective-permute", "pp") in program.moved and ("collective-permute", "cp") in program.moved
+    assert not [axes for axes in program.branches if "pp" in axes or axes == "other"]
