@@ -33,7 +33,8 @@ class Embedding(nnx.Module):
         table_RD, layout = runtime.use(self.embedding), runtime.layout
         cut = layout.axes(self.embedding.get_metadata()["dims"][0])
         if not layout.manual or not cut:
-            return table_RD[rows_BT]
+            # Of all tokens first: asked for those of one device, the partitioner would gather the whole table instead.
+            return runtime.scatter_sequence(table_RD[rows_BT])
         # Within a shard_map that left `tp` automatic, XLA aborts on a gather along a dim cut by it (in all versions so
         # far). By hand: each device looks up the rows it has, and the others' are zeros (Megatron-LM).
         total = jnp.float32 if runtime.platform == "cpu" else table_RD.dtype  # XLA:CPU aborts on a sum of bfloat16
