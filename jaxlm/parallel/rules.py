@@ -189,7 +189,8 @@ def spread(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh, axis: str, nam
     """`spec` with one dim that can take it also split over mesh `axis`: how ZeRO shards optimizer state.
 
     A dim can take the axis where its size divides by all its axes together; one that is whole comes first, one that
-    `model` cuts last, because what a shard_map scatters must not be cut by an axis that it left automatic. An array
+    `model` cuts last, because what a shard_map scatters must not be cut by an axis that it left automatic. Of several
+    the largest: were layers dealt out, each gradient would be summed whole for the one device that keeps it. An array
     with no such dim keeps `spec` if it is small (under 2 ** 14 elements); otherwise that is an error naming the array.
     """
     ways = mesh.shape[axis]
@@ -197,7 +198,7 @@ def spread(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh, axis: str, nam
     if ways == 1:
         return spec
     held = [axes_of(spec, dim) for dim in range(len(shape))]
-    for dim in sorted(range(len(shape)), key=lambda dim: ("model" in held[dim], len(held[dim]))):
+    for dim in sorted(range(len(shape)), key=lambda dim: ("model" in held[dim], len(held[dim]), -shape[dim])):
         if shape[dim] % (math.prod(mesh.shape[name] for name in held[dim]) * ways) == 0:
             entries[dim] = (*held[dim], axis)
             return PartitionSpec(*entries)

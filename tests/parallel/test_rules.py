@@ -105,11 +105,12 @@ def test_kv_heads_that_neither_divide_nor_are_divided_are_refused(heads):
         ("dp4,tp2", ("model", None), (8, 4), PartitionSpec("model", ("data",))),
         ("dp4,fsdp2", (("fsdp",), None), (4, 4), PartitionSpec(("fsdp",), ("data",))),
         ("dp2,tp2", (), (5, 4), PartitionSpec(None, ("data",))),
+        ("dp2", (), (4, 6, 8), PartitionSpec(None, None, ("data",))),
         ("tp2", (None, "model"), (6, 8), PartitionSpec(None, "model")),
         ("dp4", (None,), (6,), PartitionSpec(None)),
     ],
 )
-def test_zero_takes_the_first_whole_dim_that_can(mesh, spec, shape, wanted):
+def test_zero_takes_the_largest_whole_dim_that_can(mesh, spec, shape, wanted):
     mesh = mesh_of(mesh)
     found = rules.spread(PartitionSpec(*spec), shape, mesh, "data", "w")
     assert found == wanted
