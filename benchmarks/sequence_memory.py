@@ -22,8 +22,8 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.train.assemble import assemble
 
 MODEL = (
-    *("--model.vocabulary=512", "--model.positions=rotary", "--model.norm=rms", "--model.gated=true", "--model.heads=8"),
-    *("--model.layers=4", "--data.batch-size=2"),
+    *("--model.vocabulary=512", "--model.positions=rotary", "--model.norm=rms", "--model.gated=true"),
+    *("--model.heads=8", "--model.layers=4", "--data.batch-size=2"),
 )
 
 
