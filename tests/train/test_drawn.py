@@ -205,6 +205,8 @@ def battery_runs(draw: st.DrawFn) -> tuple[str, str, Keys, Keys]:
         "model__vocabulary": math.lcm(256, tp) - 6,
         "data__sequence_length": math.lcm(32, 2 * cp * tp),
     }
+    if style == "gpt":
+        what |= {"model__max_positions": what["data__sequence_length"]}
     if style == "moe":
         what |= {"model__experts": math.lcm(8, of["ep"])}
     how: Keys = {
