@@ -73,3 +73,13 @@ def test_memory_of_activations_falls():
     assert temporary["on"] < 0.8 * temporary["off"], temporary
     # XLA:CPU has no reduce-scatter: it is a sum of which each device takes its part.
     assert kinds == {"on": {"all-gather", "all-reduce"}, "off": {"all-reduce"}}
+
+
+def test_the_embedding_table_stays_where_it_is():
+    """Asked for embeddings of a part of the tokens, XLA's partitioner would gather the whole table over tp."""
+    config = configuration("llama", **ON, model__vocabulary=4096, data__sequence_length=64)
+    assembly = build(config, "fsdp2,tp4")
+    found = collectives(assembly.compile().as_text(), assembly.runtime.layout.mesh)
+    assert {c.kind for c in found} == {"all-gather", "all-reduce"}  # the gather came with permutes of what it read
+    table = 4096 * 128 * 4
+    assert not [c for c in found if c.kind == "all-gather" and c.axes != "fsdp" and c.bytes / c.count > table / 4], found

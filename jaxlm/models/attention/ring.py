@@ -243,6 +243,9 @@ def _scaled(q_BTNH, kv_heads, terms):
 
 def _own(k_BTKH, v_BTKH, segments_BT):
     """Keys [P, B, K, t, H], values and segments [P, B, t], as they travel."""
+    # Segments are the same in every layer: left to itself, JAX's scan over layers would take out of the loop what
+    # follows from them alone, the masks of all pairs of pieces [T, T of the whole sequence], and keep them.
+    k_BTKH, segments_BT = jax.lax.optimization_barrier((k_BTKH, segments_BT))
     return (*(_pieces(x.transpose(0, 2, 1, 3), axis=2) for x in (k_BTKH, v_BTKH)), _pieces(segments_BT, axis=1))
 
 
