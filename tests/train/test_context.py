@@ -1,5 +1,8 @@
 """A sequence that is cut over devices: training and evaluation compute what one device computes, in flat memory."""
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -75,3 +78,11 @@ def test_a_device_of_a_longer_sequence_on_more_devices_holds_the_same():
         return build(configuration("gpt", **changes), mesh).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("cp8", 256) <= 1.02 * temporary_bytes("cp4", 128)
+
+
+def test_no_masks_of_the_whole_sequence_are_kept():
+    """They follow from the segments alone, which are the same in all layers: JAX would make them once, all together."""
+    config = configuration("gpt", data__sequence_length=512, data__batch_size=4, model__max_positions=512)
+    text = build(config, "cp8").compile().as_text()
+    masks = [shape.split(",") for shape in re.findall(r"pred\[([\d,]+)\]", text)]
+    assert max(math.prod(map(int, shape)) for shape in masks) <= 2 * 4 * 4 * 64 * 64, "more than one visit's"

@@ -82,4 +82,6 @@ def test_the_embedding_table_stays_where_it_is():
     found = collectives(assembly.compile().as_text(), assembly.runtime.layout.mesh)
     assert {c.kind for c in found} == {"all-gather", "all-reduce"}  # the gather came with permutes of what it read
     table = 4096 * 128 * 4
-    assert not [c for c in found if c.kind == "all-gather" and c.axes != "fsdp" and c.bytes / c.count > table / 4], found
+    assert not [c for c in found if c.kind == "all-gather" and c.axes != "fsdp" and c.bytes / c.count > table / 4], (
+        found
+    )

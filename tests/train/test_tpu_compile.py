@@ -45,18 +45,24 @@ class Program:
         return self.moved[kind, axes]["bytes"] if (kind, axes) in self.moved else 0
 
 
-def test_fsdp_gathers_and_scatters_weights_and_tp_sums_activations():
+def test_fsdp_gathers_weights_and_tp_moves_activations_alone():
     program = Program("fsdp-tp")
-    assert program.kinds("tp") == {"all-reduce"}, "neither weights nor logits move over tp"
     assert program.kinds("fsdp") >= {"all-gather", "reduce-scatter"}
-    assert program.temporary_bytes < 13e9
+    assert program.kinds("tp") == {"all-gather", "all-reduce"}
+    # Two gathers a layer in the forward, two in its repetition and two in the backward; two at the ends.
+    layers, microbatches, activation = 32, 4, 8192 * 4096 * 2
+    assert program.bytes("all-gather", "tp") <= (6 * layers + 2) * microbatches * activation
+    assert program.temporary_bytes < 11e9
 
 
 def test_memory_of_1f1b_does_not_grow_with_microbatches():
+    """Once there are enough to fill all 2 x 8 - 3 places."""
     few, many = Program("pp-fsdp-tp-16"), Program("pp-fsdp-tp-32")
     assert many.temporary_bytes <= 1.02 * few.temporary_bytes
-    for program in (few, many):
-        assert "collective-permute" in program.kinds("pp")
+    for program, microbatches in ((few, 16), (many, 32)):
+        ticks = microbatches + 2 * 7
+        assert program.moved["collective-permute", "pp"]["count"] == 2 * ticks
+        assert program.kinds("pp") == {"collective-permute", "all-reduce"}
         assert {"fsdp", "tp"} <= set(program.branches)  # else the next line would show nothing
         assert not [axes for axes in program.branches if "pp" in axes or axes == "other"]
 
@@ -81,7 +87,7 @@ def test_rows_go_to_the_experts_and_no_expert_goes_to_the_rows():
     # Rows and their weights there, rows back; in the backward both there again, and the gradients of all three.
     assert program.moved["ragged-all-to-all", "ep"]["count"] == 8 * layers * microbatches
     expert = 4096 * 14336
-    others = (row for (kind, axes), row in program.moved.items() if axes == "ep" and "ragged" not in kind)
+    others = [row for (kind, axes), row in program.moved.items() if axes == "ep" and kind != "ragged-all-to-all"]
     assert sum(row["bytes"] for row in others) < expert
     assert program.kinds("fsdp") == {"all-gather", "reduce-scatter", "all-reduce"}
 
