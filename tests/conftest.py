@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.devices()  # whose number stands from here on, whatever mesh a command asks for that a test runs in this process
 
 settings.register_profile(
     "jaxlm", derandomize=True, max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
