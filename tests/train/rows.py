@@ -13,9 +13,9 @@ Keys = dict[str, Any]
 """Dotted keys, with double underscores for the dots."""
 
 ROUNDED: Keys = {"optimizer__epsilon": 1e-6}
-"""With 8 heads, and in Llama-style decoders of DEEP layers, some elements of a gradient are 1e-8, which is the rounding of
-sums a million times as large. AdamW's default epsilon would divide them by themselves: parameters of one device would
-differ from its own by 3e-5, with and without rematerialisation."""
+"""With 8 heads, and in Llama-style decoders of DEEP layers, some elements of a gradient are 1e-8, the rounding of the
+sums that they are. AdamW's default epsilon would divide them by themselves: at 9 layers one device, with and without
+rematerialisation, gives parameters 1.4e-5 apart."""
 
 DEEP = 6
 
