@@ -48,7 +48,7 @@ parity: $(VENV)/.has-test  # an hour or two; goes on where it was stopped
 	$(BIN)/python -m tests.train.matrix --out=benchmarks/results/parity.json --page=docs/parity.md --jobs=$(JOBS) $(ARGS)
 
 benchmarks: $(VENV)/.has-test
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || [ $$? = 2 ] || exit 1; done  # 2: this machine lacks what it needs
 
 clean:  # leaves runs/ alone
 	rm -rf .venv .venv-* build *.egg-info htmlcov .coverage* .pytest_cache .hypothesis .mypy_cache .ruff_cache
