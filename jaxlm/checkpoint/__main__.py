@@ -1,4 +1,4 @@
-"""`python -m jaxlm.checkpoint`: look at the checkpoints of a run. Imports no jax, so it needs no accelerator."""
+"""`python -m jaxlm.checkpoint`: look at the checkpoints of a run. Only `diff`, which reads arrays, imports jax."""
 
 import math
 import textwrap
@@ -19,6 +19,7 @@ from jaxlm.config.load import items, load
 USAGE = """python -m jaxlm.checkpoint list RUN                every checkpoint: when, by what and how big
 python -m jaxlm.checkpoint show RUN [--step=N]     configuration, position, software and arrays of one
 python -m jaxlm.checkpoint verify RUN [--step=N]   read every file and compare its SHA-256
+python -m jaxlm.checkpoint diff RUN [--step=N] [--other=RUN] [--other-step=N]   what differs between two
 RUN is the run folder (runs/NAME). Each takes --help. Exit code 4: there is no valid checkpoint."""
 
 
@@ -43,6 +44,19 @@ class Verify:
     """The checkpoint (default: all)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Diff:
+    """python -m jaxlm.checkpoint diff RUN: what two checkpoints say differently, and how far their arrays are apart;
+    exit code 1 if anything differs but the time they were saved."""
+
+    step: int | None = None
+    """One of the two (default: the newest)."""
+    other: str | None = None
+    """Run folder of the other (default: the same)."""
+    other_step: int | None = None
+    """The other (default: the newest; in the same run folder, the one before)."""
+
+
 def main(argv: list[str]) -> int:
     """Run one verb; returns the exit code (4: there is no valid checkpoint)."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -55,19 +69,25 @@ def main(argv: list[str]) -> int:
         load(options, ["--help"])
     if len(argv) < 2 or argv[1].startswith("-"):
         raise UserError(f"name the run folder: python -m jaxlm.checkpoint {argv[0]} RUN")
-    step = dict(items(load(options, argv[2:])[0])).get("step")
-    folder = Path(argv[1], "checkpoints")
+    given: Any = load(options, argv[2:])[0]
+    folder, steps = _steps(argv[1], dict(items(given)).get("step"), "--step")
+    return verb(folder, steps, given)
+
+
+def _steps(run_folder: str, step: int | None, flag: str) -> tuple[Path, list[int]]:
+    """The checkpoints' folder of a run, and all its steps or the one that is meant."""
+    folder = Path(run_folder, "checkpoints")
     if not folder.parent.is_dir():
-        raise UserError(f"no run folder {argv[1]}; pass the folder that --run named")
+        raise UserError(f"no run folder {run_folder}; pass the folder that --run named")
     steps = manifest.steps(folder)
     if step is not None and step not in steps:
-        raise NoValidCheckpoint(f"no checkpoint {step} in {folder}; there are: {_join(steps)} (--step)")
+        raise NoValidCheckpoint(f"no checkpoint {step} in {folder}; there are: {_join(steps)} ({flag})")
     if not steps:
         raise NoValidCheckpoint(f"no checkpoint in {folder}")
-    return verb(folder, steps if step is None else [step])
+    return folder, steps if step is None else [step]
 
 
-def _list(folder: Path, steps: list[int]) -> int:
+def _list(folder: Path, steps: list[int], _: List) -> int:
     table = _table("step", "saved (UTC)", "size", "position", "mesh", "jaxlm", "git revision")
     for step in steps:
         try:
@@ -86,7 +106,7 @@ def _list(folder: Path, steps: list[int]) -> int:
     return 0
 
 
-def _show(folder: Path, steps: list[int]) -> int:
+def _show(folder: Path, steps: list[int], _: Show) -> int:
     step = steps[-1]
     try:
         record, size = manifest.read_meta(folder, step), manifest.total_bytes(folder, step)
@@ -106,7 +126,7 @@ def _show(folder: Path, steps: list[int]) -> int:
     return 0
 
 
-def _verify(folder: Path, steps: list[int]) -> int:
+def _verify(folder: Path, steps: list[int], _: Verify) -> int:
     valid = 0
     for step in steps:
         try:
@@ -119,11 +139,46 @@ def _verify(folder: Path, steps: list[int]) -> int:
     return 0 if valid else NoValidCheckpoint.exit_code
 
 
-VERBS: dict[str, tuple[type, Callable[[Path, list[int]], int]]] = {
+def _diff(folder: Path, steps: list[int], given: Diff) -> int:
+    from jaxlm.checkpoint import diff  # which imports jax
+
+    first = diff.Checkpoint(folder, steps[-1])
+    others, there = _steps(given.other or str(folder.parent), given.other_step, "--other-step")
+    if given.other_step is None and others.resolve() == folder.resolve():
+        there = [step for step in there if step < first.step]
+        if not there:
+            raise UserError(f"no checkpoint before {first.step} in {folder}; name another (--other-step, --other)")
+    second = diff.Checkpoint(others, there[-1])
+    print(f"{first.folder / str(first.step)} and {second.folder / str(second.step)}")
+    try:
+        facts = list(diff.facts(first, second))
+        for key, a, b in facts:
+            print(f"{key}: {a} and {b}")
+        apart = [leaf for leaf in diff.leaves(first, second) if leaf.differing]
+    except manifest.Damaged as error:
+        raise NoValidCheckpoint(f"one of the two is damaged: {error}; verify finds sound ones") from error
+    table = _table("leaf", "differing", "elements", "largest", "relative")
+    for leaf in apart:
+        table.add_row(
+            leaf.name, f"{leaf.differing:,}", f"{leaf.elements:,}", f"{leaf.largest:.2e}", f"{leaf.relative:.2e}"
+        )
+    if apart:
+        _print(table)
+    else:
+        print("the arrays that both have are bitwise the same")
+    return 1 if facts or apart else 0
+
+
+VERBS: dict[str, tuple[type, Callable[[Path, list[int], Any], int]]] = {
     "list": (List, _list),
     "show": (Show, _show),
     "verify": (Verify, _verify),
+    "diff": (Diff, _diff),
 }
+
+
+LEFT = ("leaf", "dtype", "shape", "saved (UTC)", "position", "mesh", "jaxlm", "git revision")
+"""Columns of words; the others are of numbers."""
 
 
 def _versions(meta: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +189,7 @@ def _versions(meta: dict[str, Any]) -> dict[str, Any]:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=True, justify="right" if column in ("step", "size", "elements") else "left")
+        table.add_column(column, no_wrap=True, justify="left" if column in LEFT else "right")
     return table
 
 

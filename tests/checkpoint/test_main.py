@@ -89,3 +89,32 @@ def test_a_process_of_its_own_without_jax(run_folder):
     assert result.returncode == 4 and "damaged" in result.stdout and "Traceback" not in result.stderr
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
     assert "jaxlm.checkpoint.manifest" in imported and not imported & {"jax", "orbax.checkpoint", "numpy"}
+
+
+def test_diff_of_two_checkpoints(run_folder, capsys):
+    assert main(["diff", str(run_folder)]) == 1
+    out = capsys.readouterr().out
+    assert "position: 20 and 10" in out and "bitwise the same" in out and "saved_at" not in out
+    assert main(["diff", str(run_folder), "--other-step=20"]) == 0
+
+
+def test_diff_of_two_runs(run_folder, tmp_path, capsys):
+    changed = jnp.ones((8, 4)).at[3, 2].set(1.5)
+    with closing(Store(tmp_path / "other" / "checkpoints")) as store:
+        store.save(
+            7, {"w": changed, "c": jnp.zeros(3)}, {"position": 20, "mesh": "dp8", "config": "a: 1\nb:\n  c: 3\n"}
+        )
+    assert main(["diff", str(run_folder), f"--other={tmp_path / 'other'}"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert {"config.b.c: 2 and 3", "mesh: dp4,tp2 and dp8", "leaf b: bfloat16[1] and None"} <= set(lines)
+    assert "leaf c: None and float32[3]" in lines and not [line for line in lines if "position" in line]
+    assert lines[-1].split() == ["w", "1", "32", "5.00e-01", "8.84e-02"]
+
+
+def test_diff_names_what_is_missing(run_folder):
+    with pytest.raises(UserError, match="no checkpoint before 10 .*--other-step"):
+        main(["diff", str(run_folder), "--step=10"])
+    with pytest.raises(UserError, match="no run folder"):
+        main(["diff", str(run_folder), "--other=nowhere"])
+    with pytest.raises(NoValidCheckpoint, match=r"no checkpoint 5 .*there are: 10 20 \(--other-step\)"):
+        main(["diff", str(run_folder), "--other-step=5"])
