@@ -178,7 +178,7 @@ def test_what_is_accepted_can_be_built(keys: Keys, more: Keys) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=80, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(fitting(), small)
 def test_more_of_what_is_accepted_can_be_built(keys: Keys, more: Keys) -> None:
     check_built(keys | more)

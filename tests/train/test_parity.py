@@ -137,7 +137,7 @@ def test_drawn_meshes_and_shapes_equal_one_device(run: tuple[str, dict]) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(runs())
 def test_many_drawn_meshes_and_shapes_equal_one_device(run: tuple[str, dict]) -> None:
     check_drawn(run)
