@@ -64,7 +64,7 @@ exec "{python}" "$@"
 """
 
 OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, schedules.Options]
-OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify]
+OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff]
 """What the verbs understand."""
 
 MISTAKES = {"--optimizer.learningrate"}

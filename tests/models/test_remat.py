@@ -42,7 +42,7 @@ def compiled(style: str, policy: str, mesh: str = "dp1", dtype: str = "float32")
 
     abstract = jax.tree.map(place, model.dims, model.abstract, is_leaf=lambda x: isinstance(x, tuple))
     rows = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=how.layout.sharding(("batch", "sequence")))
-    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), rows)
+    batch = dict.fromkeys(("tokens", "segment_ids", "positions", "places"), rows)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     whole = how.layout.sharding(())
     return jax.jit(jax.value_and_grad(loss), out_shardings=(whole, shardings)).lower(abstract, batch).compile()
@@ -53,7 +53,8 @@ def arguments(style: str):
     params = build(MODELS[style], None).init(jax.random.key(0))
     at = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
     tokens = np.random.default_rng(0).integers(0, 100, at.shape).astype(np.int32)
-    return params, {"tokens": tokens, "segment_ids": np.ones_like(at), "positions": at}
+    places = np.arange(at.size, dtype=np.int32).reshape(at.shape)
+    return params, {"tokens": tokens, "segment_ids": np.ones_like(at), "positions": at, "places": places}
 
 
 def temporary(*keys: str) -> int:
