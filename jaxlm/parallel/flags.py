@@ -2,8 +2,8 @@
 
 They are given to the compiler with the step, so that a program is the same whatever the environment of the process, and
 `--explain` lists them. To decide otherwise, name an option in `XLA_FLAGS` (GPU) or `LIBTPU_INIT_ARGS` (TPU), as in
-`XLA_FLAGS=--xla_gpu_enable_pipelined_all_gather=false`: an option named there is left to the environment. On CPU there
-are none: its devices are threads of one process, with nothing to hide.
+`XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false`: an option named there is left to the environment. On CPU
+there are none: its devices are threads of one process, with nothing to hide.
 
 See https://docs.jax.dev/en/latest/gpu_performance_tips.html for GPU, and MaxText's `xla_flags_library.py` for TPU.
 """
@@ -11,7 +11,7 @@ See https://docs.jax.dev/en/latest/gpu_performance_tips.html for GPU, and MaxTex
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,8 +29,10 @@ class Option:
     """A compiler option, and what it is for."""
 
     name: str
-    value: bool | int
+    value: bool | int | str
     why: str
+    older: tuple[str, bool | int | str] | None = None
+    """Name and value in compilers that do not know `name` yet."""
     kinds: tuple[str, ...] = ()
     """Kinds of device that it is for, as JAX calls them; of none, all of its platform."""
 
@@ -47,9 +49,10 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
             why="starts collectives early and waits for them late",
         ),
         Option(
-            name="xla_gpu_enable_pipelined_all_gather",
-            value=True,
+            name="xla_gpu_pipeline_all_gather",
+            value="COLLECTIVE_PIPELINING_MODE_ON",
             why="fsdp: gathers the next layer's weights while this layer computes",
+            older=("xla_gpu_enable_pipelined_all_gather", True),
         ),
         Option(
             name="xla_gpu_all_gather_combine_threshold_bytes",
@@ -103,13 +106,14 @@ def options(platform: str, kind: str) -> tuple[Option, ...]:
     """Those for devices of `kind` on `platform`, without the ones that the environment names."""
     named = {name for key in ENVIRONMENT for name in re.findall(r"--(\w+)", os.environ.get(key, ""))}
     meant = (option for option in OPTIONS[platform] if not option.kinds or kind in option.kinds)
-    return tuple(option for option in meant if option.name not in named)
+    return tuple(option for option in meant if not named & {option.name, *(option.older or ())[:1]})
 
 
 def compile_with(
     lowered: jax.stages.Lowered, chosen: tuple[Option, ...], announce: Callable[[str], None]
 ) -> jax.stages.Compiled:
-    """Compile a program with the options that this version of the compiler knows, and say in a line which it lacks."""
+    """Compile a program with the options that this version of the compiler knows, by their older names where it knows
+    only those, and say in a line which it lacks."""
     while True:
         try:
             values: dict[str, Any] = {option.name: option.value for option in chosen}
@@ -118,5 +122,9 @@ def compile_with(
             unknown = re.search(r"No such compile option: '(\w+)'", str(error))
             if unknown is None or unknown[1] not in {option.name for option in chosen}:
                 raise
-            announce(f"this compiler has no option {unknown[1]}: compiling without it")
-            chosen = tuple(option for option in chosen if option.name != unknown[1])
+            at = [option.name for option in chosen].index(unknown[1])
+            older = chosen[at].older
+            if older is None:
+                announce(f"this compiler has no option {unknown[1]}: compiling without it")
+            instead = () if older is None else (replace(chosen[at], name=older[0], value=older[1], older=None),)
+            chosen = (*chosen[:at], *instead, *chosen[at + 1 :])

@@ -34,12 +34,16 @@ def test_an_option_that_the_environment_names_is_left_to_it(variable, monkeypatc
         monkeypatch.delenv(key, raising=False)
     every = names("gpu")
     assert every == [option.name for option in flags.OPTIONS["gpu"]]
-    monkeypatch.setenv(variable, f"--xla_dump_to=/tmp/x --{every[1]}=false")
-    assert names("gpu") == [every[0], *every[2:]]
+    option = flags.OPTIONS["gpu"][1]
+    assert option.older
+    for name in (option.name, option.older[0]):
+        monkeypatch.setenv(variable, f"--xla_dump_to=/tmp/x --{name}=false")
+        assert names("gpu") == [every[0], *every[2:]]
 
 
 def test_options_of_gpu_are_known_to_xla():
-    """They are fields of XLA's own options, which its compiler for CPU knows too; those of TPU only libtpu knows."""
+    """They are fields of XLA's own options, which its compiler for CPU knows too, by a new name or an old; those of TPU
+    only libtpu knows."""
     said = []
     flags.compile_with(ADD, flags.OPTIONS["gpu"], said.append)
     assert said == []
