@@ -46,8 +46,7 @@ def test_the_least_by_hand(traffic, case: str) -> None:
         assert found["ep"] == 4 * 3 / 4 * activations / 4 * 2 * 8
 
 
-def test_no_kind_of_parallelism_sends_more_than_is_explained() -> None:
-    """What is above is on the page, with its reason."""
-    explained = {"dp4, optimizer.shard=data", "rep2,fsdp4", "pp4, 1f1b", "pp4,dp2", "cp4, ring", "ep4", "dp2,ep4"}
+def test_what_sends_more_than_a_tenth_above_the_least() -> None:
+    """It is on the page, with its reason."""
     above = {case for case, row in CASES.items() if row["ratio_with_reduce_scatter"] > 1.1}
-    assert above <= explained
+    assert above == {"pp4, 1f1b", "pp4,dp2", "cp4, ring", "ep4", "dp2,ep4"}

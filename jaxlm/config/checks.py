@@ -8,7 +8,7 @@ from jaxlm.config import effects
 from jaxlm.config.errors import UserError
 from jaxlm.config.load import items
 from jaxlm.config.mesh_spec import MeshSpec
-from jaxlm.config.schema import VOCABULARY_MULTIPLE, ModelConfig, RunConfig
+from jaxlm.config.schema import VOCABULARY_MULTIPLE, ModelConfig, RunConfig, padded
 from jaxlm.config.values import option, shown
 
 LARGEST = 2**31 - 1
@@ -86,8 +86,7 @@ def data_ways(spec: MeshSpec) -> int:
 
 def vocabulary(size: int, tp: int) -> Iterator[str]:
     """What is wrong with a vocabulary of `size`, the model's or its tokenizer's, on `tp` devices."""
-    rows = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    if rows % tp:
+    if (rows := padded(size)) % tp:
         both = math.lcm(VOCABULARY_MULTIPLE, tp)
         yield (
             f"a vocabulary of {size} tokens is padded to {rows}, which does not divide by tp {tp}; "

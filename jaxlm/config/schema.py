@@ -11,6 +11,11 @@ VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, so that it divides over `tp` and fills the matrix units."""
 
 
+def padded(vocabulary: int) -> int:
+    """`vocabulary` rounded up to the multiple that the tables are made with."""
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The decoder: GPT-2, Llama, Mistral, Qwen and Gemma are settings of these keys."""

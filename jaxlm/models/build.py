@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config.errors import UserError
-from jaxlm.config.schema import VOCABULARY_MULTIPLE, ModelConfig
+from jaxlm.config.schema import ModelConfig, padded
 from jaxlm.models.decoder import Cache, Decoder
 from jaxlm.models.layers import Noise
 from jaxlm.models.runtime import Runtime
@@ -101,11 +101,6 @@ class Model:
 
 def _noise(batch: dict[str, jax.Array], key: jax.Array | None) -> Noise | None:
     return None if key is None else Noise(key, batch["places"])
-
-
-def padded(vocabulary: int) -> int:
-    """`vocabulary` rounded up to the multiple that the tables are made with."""
-    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def build(config: ModelConfig, tokenizer_vocabulary: int | None) -> Model:

@@ -38,15 +38,14 @@ class Embedding(nnx.Module):
         # Within a shard_map that left `tp` automatic, XLA aborts on a gather along a dim cut by it (in all versions so
         # far). By hand: each device looks up the rows it has, and the others' are zeros (Megatron-LM).
         total = jnp.float32 if runtime.platform == "cpu" else table_RD.dtype  # XLA:CPU aborts on a sum of bfloat16
-
-        shared = set(cut) & set(layout.axes("residual"))  # then each device wants the sums of its own tokens alone
+        parted = set(cut) & set(layout.axes("residual"))  # then each device wants the sums of its own tokens alone
 
         def local(table_RD: jax.Array, rows_BT: jax.Array) -> jax.Array:
             own_BT = rows_BT - jax.lax.axis_index(cut) * table_RD.shape[0]
             has_BT = (own_BT >= 0) & (own_BT < table_RD.shape[0])
             x_BTD = jnp.where(has_BT[..., None], table_RD[jnp.where(has_BT, own_BT, 0)], 0)
             x_BTD, dtype = x_BTD.astype(total), x_BTD.dtype
-            if shared:
+            if parted:
                 return jax.lax.psum_scatter(x_BTD, cut, scatter_dimension=1, tiled=True).astype(dtype)
             return jax.lax.psum(x_BTD, cut).astype(dtype)
 
@@ -54,7 +53,7 @@ class Embedding(nnx.Module):
             local,
             mesh=jax.sharding.get_abstract_mesh(),
             in_specs=(PartitionSpec(cut), PartitionSpec()),
-            out_specs=PartitionSpec(None, cut) if shared else PartitionSpec(),
+            out_specs=PartitionSpec(None, cut) if parted else PartitionSpec(),
             axis_names=frozenset(cut),
             check_vma=False,
         )(table_RD, rows_BT)

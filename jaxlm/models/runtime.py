@@ -62,9 +62,9 @@ class Runtime:
         def gathered(x: jax.Array) -> Tree:
             return run(self.gather_sequence(x))
 
-        cut = self.layout.axes("residual") != self.layout.axes("sequence")
         # A matmul's backward does not need its result, so nothing is computed again but the gather.
-        return jax.checkpoint(gathered, prevent_cse=False)(x) if cut and self.remat == "none" else gathered(x)
+        again = self._cuts_residual and self.remat == "none"
+        return jax.checkpoint(gathered, prevent_cse=False)(x) if again else gathered(x)
 
     def gather_sequence(self, x: jax.Array) -> jax.Array:
         """The residual stream [B, T, D] with all its tokens on each device of `model`."""
@@ -75,9 +75,12 @@ class Runtime:
         return self._relay_sequence(x, "sequence", "residual")
 
     def _relay_sequence(self, x: jax.Array, was: str, becomes: str) -> jax.Array:
-        if self.layout.axes(was) == self.layout.axes(becomes):
-            return x
-        return self.layout.relay(x, ("batch", was, None), ("batch", becomes, None))
+        return self.layout.relay(x, ("batch", was, None), ("batch", becomes, None)) if self._cuts_residual else x
+
+    @property
+    def _cuts_residual(self) -> bool:
+        """Sequence parallelism: `model` cuts the residual stream by sequence."""
+        return self.layout.axes("residual") != self.layout.axes("sequence")
 
     @property
     def platform(self) -> str:

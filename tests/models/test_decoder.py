@@ -14,8 +14,8 @@ import pytest
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.mesh_spec import parse
-from jaxlm.config.schema import ModelConfig, PrecisionConfig
-from jaxlm.models.build import Model, build, padded
+from jaxlm.config.schema import ModelConfig, PrecisionConfig, padded
+from jaxlm.models.build import Model, build
 from jaxlm.models.runtime import Runtime, compute_dtype
 from jaxlm.parallel import rules
 from jaxlm.parallel.mesh import from_devices
