@@ -162,7 +162,7 @@ def _sliced_bytes(program: Program, computation: Computation, instruction: Instr
     names = [instruction.name]
     if instruction.result.startswith("("):
         parts = {
-            int(re.search(r"index=(\d+)", user.rest)[1]): user.name  # type: ignore[index]
+            user.element(): user.name
             for user in computation.instructions.values()
             if user.opcode == "get-tuple-element" and user.operands == (instruction.name,)
         }

@@ -36,6 +36,10 @@ class Instruction:
         chosen = [names for role, names in found if not roles or role in roles]
         return [name.strip().removeprefix("%") for names in chosen for name in names.split(",")]
 
+    def element(self) -> int:
+        """Which one a get-tuple-element takes."""
+        return int(re.findall(r"\bindex=(\d+)", self.rest)[0])
+
 
 @dataclass(frozen=True)
 class Computation:
@@ -84,7 +88,7 @@ class Program:
         place, limit = (self._source(test[0], operand) for operand in test[1].operands)
         if place[1].opcode != "get-tuple-element" or limit[1].opcode != "constant":
             return 1
-        index = int(re.search(r"index=(\d+)", place[1].rest)[1])  # type: ignore[index]
+        index = place[1].element()
         start = self._start(caller, loop, index)
         return max(-(-(int(limit[1].literal) - start) // self._step(self.computations[body], index)), 1)
 
