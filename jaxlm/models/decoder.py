@@ -18,7 +18,8 @@ from jaxlm.models.layers import Linear, Noise, Norm, dropout, normal, parameter
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.models.stack import run_chunk, run_stack
-from jaxlm.parallel.sequence import PARTS
+from jaxlm.parallel.rules import axes_of
+from jaxlm.parallel.sequence import COPIES, PARTS
 
 Cache = dict[str, Any]
 """k, v [L, B, S, K, H]; positions, segments [B, S] (segment -1: empty); length, the slots used."""
@@ -35,21 +36,25 @@ class Embedding(nnx.Module):
         cut = layout.axes(self.embedding.get_metadata()["dims"][0])
         if not cut:
             return layout.relay(table_RD[rows_BT], ("batch", "sequence", None), PARTS)
-        # XLA aborts on a gather along a dim that an automatic axis cuts within a shard_map (in all versions so far). By
-        # hand: each device looks up the rows it has, and the others' are zeros (Megatron-LM).
+        # By hand: each device looks up the rows it has for its own tokens, and the others' are zeros (Megatron-LM). Left
+        # to XLA, each device makes the gradient of the table from all tokens; and within another shard_map it aborts on a
+        # gather along a dim that an automatic axis cuts (in all versions so far).
+        narrow = table_RD.dtype
+        if runtime.platform == "cpu":
+            table_RD = table_RD.astype(jnp.float32)  # XLA:CPU aborts on a sum of bfloat16, such as the table's gradient
 
         def local(table_RD: jax.Array, rows_BT: jax.Array) -> jax.Array:
             own_BT = rows_BT - jax.lax.axis_index(cut) * table_RD.shape[0]
             has_BT = (own_BT >= 0) & (own_BT < table_RD.shape[0])
-            return jnp.where(has_BT[..., None], table_RD[jnp.where(has_BT, own_BT, 0)], 0)[:, :, None]
+            return jnp.where(has_BT[..., None], table_RD[jnp.where(has_BT, own_BT, 0)], 0)[:, :, None].astype(narrow)
 
-        mesh = jax.sharding.get_abstract_mesh() if layout.manual else layout.mesh
+        tokens, copies = layout.spec(("batch", "sequence")), layout.spec(COPIES)
         x_BTSD = jax.shard_map(
             local,
-            mesh=mesh,
-            in_specs=(PartitionSpec(cut), PartitionSpec()),
-            out_specs=PartitionSpec(None, None, cut),
-            axis_names=frozenset(cut),
+            mesh=jax.sharding.get_abstract_mesh() if layout.manual else layout.mesh,
+            in_specs=(PartitionSpec(cut), tokens),
+            out_specs=copies,
+            axis_names=frozenset(axis for dim in range(len(copies)) for axis in axes_of(copies, dim)),
             check_vma=False,
         )(table_RD, rows_BT)
         return runtime.summed(x_BTSD)

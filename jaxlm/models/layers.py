@@ -17,6 +17,7 @@ from jaxlm.config.schema import ModelConfig
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel.rules import Dims
 
+Side = Literal["inputs", "outputs"]
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 zeros: Initializer = jax.nn.initializers.zeros
@@ -51,7 +52,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."], runtime: Runtime) -> Float[Array, "..."]:
         inwards, outwards = (self.kernel.get_metadata()["dims"][at] for at in (0, self.inputs))
-        cut = "inputs" if runtime.cuts(inwards) else "outputs" if runtime.cuts(outwards) else None
+        cut: Side | None = "inputs" if runtime.cuts(inwards) else "outputs" if runtime.cuts(outwards) else None
         return affine(x, lambda: self.use_kernel(runtime), self.use_bias(runtime), runtime, self.inputs, cut)
 
     def use_kernel(self, runtime: Runtime) -> jax.Array:
@@ -70,7 +71,7 @@ def affine(
     bias: Float[Array, "..."] | None,
     runtime: Runtime,
     inputs: int = 1,
-    cut: Literal["inputs", "outputs"] | None = None,
+    cut: Side | None = None,
 ) -> Float[Array, "..."]:
     """Contract the last `inputs` dims of `x` with the first of the kernel, and add the bias.
 
