@@ -36,8 +36,8 @@ class Embedding(nnx.Module):
         cut = layout.axes(self.embedding.get_metadata()["dims"][0])
         if not cut:
             return layout.relay(table_RD[rows_BT], ("batch", "sequence", None), PARTS)
-        # By hand: each device looks up the rows it has for its own tokens, and the others' are zeros (Megatron-LM). Left
-        # to XLA, each device makes the gradient of the table from all tokens; and within another shard_map it aborts on a
+        # By hand: each device looks up the rows it has for its own tokens; the others' are zeros (Megatron-LM). Left to
+        # XLA, each device makes the gradient of the table from all tokens, and within another shard_map XLA aborts on a
         # gather along a dim that an automatic axis cuts (in all versions so far).
         narrow = table_RD.dtype
         if runtime.platform == "cpu":
