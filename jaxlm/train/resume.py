@@ -23,6 +23,8 @@ class Start:
     """Samples consumed."""
     seen_tokens: int
     """Tokens consumed, padding included."""
+    rewinds: int
+    """Times that it went back for bad numbers."""
 
 
 def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
@@ -54,7 +56,7 @@ def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
 def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
     """Initialise, or restore `step` onto the mesh of `assembly`, whatever mesh it was saved from."""
     if step is None:
-        return Start(state=assembly.init(), step=0, position=0, seen_tokens=0)
+        return Start(state=assembly.init(), step=0, position=0, seen_tokens=0, rewinds=0)
     meta = store.meta(step)
     state = store.restore(step, assembly.plan.abstract)
     # A run that starts again has its whole patience with steps that are not finite.
@@ -64,4 +66,5 @@ def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
         step=step,
         position=meta["position"],
         seen_tokens=meta["seen_tokens"],
+        rewinds=meta.get("rewinds", 0),
     )

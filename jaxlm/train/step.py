@@ -177,8 +177,9 @@ def train_step(
         )
         norm = optax.tree.norm(grads)
         loss = total / jnp.maximum(count, 1.0)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
+        # Of the updates too: moments that went bad must not reach the parameters.
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
         tried = {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
         if loads is not None and model.config.balance_rate:
             tried["params"] = balance.rebalanced(tried["params"], loads, model.config.balance_rate)

@@ -152,7 +152,7 @@ def test_another_model_in_the_folder_is_refused(corpus: Path, whole: Path) -> No
 
 
 def test_numbers_that_stay_bad_stop_the_run(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="last 3 steps"):
+    with pytest.raises(Diverged, match="3 steps up to step 3 were not finite, and there is no checkpoint before"):
         train(
             corpus, tmp_path, train__max_skipped=3, optimizer__learning_rate=1e30, optimizer__schedule="constant",
             optimizer__clip_norm=0, optimizer__warmup_steps=0, eval__every=0,
@@ -174,9 +174,9 @@ def test_a_step_is_dispatched_before_the_last_one_is_read(corpus: Path, tmp_path
 
         return dispatch
 
-    def read_recorded(self, pending) -> None:
+    def read_recorded(self, pending, state) -> None:
         log.append(("read", pending.step))
-        read_(self, pending)
+        read_(self, pending, state)
 
     monkeypatch.setattr(Assembly, "compile", recorded)
     monkeypatch.setattr(loop.Run, "_read", read_recorded)
