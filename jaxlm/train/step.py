@@ -175,11 +175,10 @@ def train_step(
         grads, total, count, loads = gradients(
             model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients
         )
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads) + _poison(state["optimizer"])
         loss = total / jnp.maximum(count, 1.0)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
-        # Of the updates too: moments that went bad must not reach the parameters.
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
         tried = {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
         if loads is not None and model.config.balance_rate:
             tried["params"] = balance.rebalanced(tried["params"], loads, model.config.balance_rate)
@@ -206,6 +205,12 @@ def train_step(
         return new, metrics
 
     return step
+
+
+def _poison(optimizer_state: Any) -> jax.Array:
+    """Zero, or not a number where a moment is not finite: what went bad there must not reach the parameters."""
+    numbers = [leaf for leaf in jax.tree.leaves(optimizer_state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum(((leaf * 0).sum(dtype=jnp.float32) for leaf in numbers), start=jnp.float32(0))
 
 
 def _next_scale(scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:
