@@ -22,7 +22,9 @@ from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
 from jaxlm.data.corpus import Corpora, open_corpora
 from jaxlm.data.loader import Loader, batches
+from jaxlm.metrics import goodput
 from jaxlm.metrics.events import Events
+from jaxlm.metrics.goodput import Goodput
 from jaxlm.metrics.jsonl import read
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.trackers import Tracker
@@ -104,7 +106,8 @@ class Run:
         self.assembly, self.config, self.corpora, self.loader = assembly, assembly.config, corpora, loader
         self.store, self.tracker, self.events, self.progress = store, tracker, events, progress
         self.folder, self.mesh = folder, mesh
-        self.meter = Meter(assembly)
+        self.meter, self.clock = Meter(assembly), Goodput()
+        self.furthest = max((line["step"] for line in read(folder / "metrics.superseded.jsonl")), default=0)
         self.position = self.seen_tokens = 0
         self.profiling = False
         self.failed_saves = 0
@@ -134,10 +137,11 @@ class Run:
             return
         if config.profile.steps and profile_window(config.profile.steps)[1] <= start.step:
             progress.say(f"--profile.steps={config.profile.steps} is over before step {start.step + 1}: no profile")
-        compiled, seconds = compiling.result()
+        with self.clock.within("compile"):
+            compiled, seconds = compiling.result()
         progress.say(f"compiled in {seconds:.1f} s; {self.meter.formula}")
         self._claim(start.step)
-        with StopRequest() as stop:
+        with StopRequest() as stop, self._accounted():
             while True:
                 try:
                     state = self._steps(compiled, state, step, stop)
@@ -183,6 +187,17 @@ class Run:
         self.events.record("fault", step=bad.step, kind="diverged")
         return Diverged(line)
 
+    def _account(self) -> None:
+        """Write where the seconds of this process went, so that a kill loses little of that."""
+        self.events.record("goodput", began=self.clock.began, spent=self.clock.read())
+
+    @contextmanager
+    def _accounted(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._account()
+
     def _steps(self, compiled: Step, state: State, step: int, stop: StopRequest) -> State:
         """Dispatch step after step. A step's metrics are read once the next one is under way, never sooner."""
         config = self.config
@@ -194,6 +209,8 @@ class Run:
             self.meter.restart()
             for self.position, batch, waited in stream:
                 step += 1
+                self.clock.move("data_wait", waited)
+                self.clock.switch("rework" if step <= self.furthest else "step")
                 self._profile(step, state)
                 state, metrics = compiled(state, batch)
                 faultpoints.point("step")
@@ -208,6 +225,7 @@ class Run:
                     self._between(step, state, stop)
         if pending:
             self._read(pending, state)
+        self.clock.switch("idle")
         self._profile(None, state)
         return state
 
@@ -276,13 +294,16 @@ class Run:
             "mesh": self.mesh,
             "config": dump(self.config),
         }
-        self.store.save(step, state, meta)
+        with self.clock.within("save"):
+            self.store.save(step, state, meta)
         self.events.record("save", step=step)
+        self._account()
 
     def _evaluate(self, step: int, state: State) -> None:
         if not self.evaluate:
             return
-        values = self.evaluate(state["params"])
+        with self.clock.within("eval"):
+            values = self.evaluate(state["params"])
         self.tracker.log(step, values, file="eval.jsonl")
         self.progress.say(
             f"step {step} held out: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}, "
@@ -302,10 +323,15 @@ class Run:
         if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
             self._evaluate(step, state)
         if self.config.eval.sample_tokens:
-            text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
+            with self.clock.within("eval"):
+                text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
             self.progress.say(f"sample after step {step}:\n{text}\n")
-        self.store.wait()
+        with self.clock.within("save"):
+            self.store.wait()
         self.events.record("end", step=step)
+        self._account()
+        if jax.process_index() == 0:
+            self.progress.say(goodput.describe(goodput.of_run(read(self.folder / "events.jsonl"))))
         self.progress.say(f"done: {step} steps in {self.folder}")
 
     def _profile(self, step: int | None, state: State) -> None:
