@@ -13,7 +13,7 @@ import pytest
 from jaxlm.config.faultpoints import VARIABLE
 from jaxlm.metrics.goodput import CATEGORIES, Goodput, describe, of_run
 from jaxlm.metrics.jsonl import read
-from tests.train.test_loop import ROOT, arguments, corpus  # noqa: F401  a fixture and its helpers
+from tests.train.running import ROOT, arguments
 
 
 def test_every_second_is_in_one_category(monkeypatch) -> None:
@@ -60,7 +60,7 @@ loop.run(load(RunConfig, sys.argv[1:])[0])
 """
 
 
-def test_over_a_kill_and_a_restart_the_seconds_are_the_wall_clock(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_over_a_kill_and_a_restart_the_seconds_are_the_wall_clock(corpus: Path, tmp_path: Path) -> None:
     keys = arguments(corpus, tmp_path / "run", mesh="dp1", checkpoint__every=4, eval__every=0, train__steps=12)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     began = time.time()
@@ -82,7 +82,7 @@ def test_over_a_kill_and_a_restart_the_seconds_are_the_wall_clock(corpus: Path, 
     assert sum(totals.values()) == pytest.approx(wall, rel=0.01)
 
 
-def test_stalls_are_found_where_they_are(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_stalls_are_found_where_they_are(corpus: Path, tmp_path: Path) -> None:
     keys = arguments(corpus, tmp_path / "run", mesh="dp1", checkpoint__every=0, eval__every=8, train__steps=12)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", STALLS, *keys], env=environment, capture_output=True, text=True)

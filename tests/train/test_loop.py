@@ -20,60 +20,7 @@ from jaxlm.metrics.jsonl import read
 from jaxlm.train import loop
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.faults import alone
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty small documents with something to learn in them."""
-    folder = tmp_path_factory.mktemp("corpus")
-    random = np.random.default_rng(0)
-    words = ["alpha", "beta", "gamma", "delta", "omega"]
-    for i in range(40):
-        text = " ".join(f"{words[k]}({k})" for k in random.integers(0, 5, 200))
-        (folder / f"{i}.txt").write_text(text)
-    return folder
-
-
-def arguments(corpus: Path, run: Path, **keys: object) -> list[str]:
-    base = {
-        "data.path": corpus,
-        "data.cache": corpus.parent / "cache",
-        "data.tokenizer": "bytes",
-        "data.sequence-length": 32,
-        "data.batch-size": 8,
-        "model.layers": 2,
-        "model.embed": 32,
-        "model.heads": 2,
-        "model.mlp": 64,
-        "train.steps": 8,
-        "train.log-every": 1,
-        "checkpoint.every": 4,
-        "eval.every": 4,
-        "eval.batches": 2,
-        "eval.sample-tokens": 8,
-        "optimizer.warmup-steps": 2,
-        "run": run,
-    }
-    keys = {key.replace("__", ".").replace("_", "-"): value for key, value in keys.items()}
-    return [f"--{key}={value}" for key, value in (base | keys).items()]
-
-
-def train(corpus: Path, run: Path, **keys: object) -> None:
-    loop.run(load(RunConfig, arguments(corpus, run, **keys))[0])
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read(run / "metrics.jsonl")}
-
-
-@pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight steps that nothing disturbs."""
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    train(corpus, run)
-    return run
+from tests.train.running import ROOT, arguments, losses, train
 
 
 def test_a_run_leaves_its_folder(whole: Path) -> None:

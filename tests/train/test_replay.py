@@ -10,11 +10,11 @@ import pytest
 from jaxlm.checkpoint.store import Store
 from jaxlm.config.errors import UserError
 from jaxlm.train.replay import Different, Replay, replay
-from tests.train.test_loop import corpus, train  # noqa: F401  a fixture and its helper
+from tests.train.running import train
 
 
 @pytest.fixture(scope="module")
-def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("replay") / "run"
     train(corpus, run, checkpoint__every=3, checkpoint__keep=0, model__dropout=0.1)
     return run

@@ -14,7 +14,7 @@ from jaxlm.data.loader import Loader
 from jaxlm.metrics.jsonl import read
 from jaxlm.train.watch import SPIKE, WINDOW, BadNumbers, Watch
 from tests.train.battery import batch, build, configuration, place
-from tests.train.test_loop import corpus, losses, train  # noqa: F401  a fixture and its helpers
+from tests.train.running import losses, train
 
 KEYS = {"checkpoint__every": 2, "eval__every": 0, "train__max_skipped": 2}
 BATCH = 8
@@ -37,7 +37,7 @@ def poison(monkeypatch):
     return put
 
 
-def test_it_goes_back_and_past_the_bad_samples(corpus: Path, tmp_path: Path, poison) -> None:  # noqa: F811
+def test_it_goes_back_and_past_the_bad_samples(corpus: Path, tmp_path: Path, poison) -> None:
     poison(6 * BATCH, 8 * BATCH)  # those of steps 7 and 8
     train(corpus, tmp_path, train__steps=10, **KEYS)
     (event,) = [event for event in read(tmp_path / "events.jsonl") if event["event"] == "fault"]
@@ -55,7 +55,7 @@ def test_it_goes_back_and_past_the_bad_samples(corpus: Path, tmp_path: Path, poi
     assert not any(known["parameters"]["blocks.mlp.up.kernel"]["not_finite"])
 
 
-def test_killed_before_the_next_save_it_does_the_same_again(corpus: Path, tmp_path: Path, poison) -> None:  # noqa: F811
+def test_killed_before_the_next_save_it_does_the_same_again(corpus: Path, tmp_path: Path, poison) -> None:
     poison(6 * BATCH, 8 * BATCH)
     train(corpus, tmp_path / "whole", train__steps=10, **KEYS)
     train(corpus, tmp_path / "killed", train__steps=10, **KEYS)
@@ -67,7 +67,7 @@ def test_killed_before_the_next_save_it_does_the_same_again(corpus: Path, tmp_pa
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-def test_bad_again_at_once_it_goes_further_back_and_then_stops(corpus: Path, tmp_path: Path, poison) -> None:  # noqa: F811
+def test_bad_again_at_once_it_goes_further_back_and_then_stops(corpus: Path, tmp_path: Path, poison) -> None:
     poison(6 * BATCH, 1000)
     with pytest.raises(Diverged, match="went back 2 times") as raised:
         train(corpus, tmp_path, train__steps=20, checkpoint__keep=0, **KEYS)
