@@ -16,11 +16,11 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-tpu lint types coverage parity benchmarks clean
+.PHONY: help train test test-slow test-tpu lint types coverage parity kills benchmarks clean
 
 help:
 	@sed -n 's/^#  *make /  make /p' Makefile
-	@echo "  make test-slow | test-tpu | lint | types | coverage | parity | benchmarks | clean"
+	@echo "  make test-slow | test-tpu | lint | types | coverage | parity | kills | benchmarks | clean"
 
 train: $(VENV)/.has-core
 	$(BIN)/python -m jaxlm.train --mesh=dp4,tp2 $(ARGS)
@@ -46,6 +46,9 @@ coverage: $(VENV)/.has-test
 
 parity: $(VENV)/.has-test  # an hour or two; goes on where it was stopped
 	$(BIN)/python -m tests.train.matrix --out=benchmarks/results/parity.json --page=docs/parity.md --jobs=$(JOBS) $(ARGS)
+
+kills: $(VENV)/.has-test  # about half an hour
+	$(BIN)/python -m tests.train.kills --out=benchmarks/results/kills.json --jobs=$(JOBS) $(ARGS)
 
 benchmarks: $(VENV)/.has-test
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || [ $$? = 2 ] || exit 1; done  # 2: this machine lacks what it needs

@@ -26,6 +26,7 @@ from jaxlm.data.__main__ import Prepare, Show
 from jaxlm.generate.__main__ import GenerateConfig
 from jaxlm.metrics.__main__ import Options
 from jaxlm.parallel.schedules import __main__ as schedules
+from jaxlm.train.replay import Replay
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -56,7 +57,7 @@ eval: {{batches: 2, sample_tokens: 16}}
 """
 
 PYTHON = """#!/bin/sh
-if [ "$1 $2" = "-m jaxlm.train" ]; then
+if [ "$1 $2" = "-m jaxlm.train" ] && [ "$3" != replay ]; then
   shift 2
   exec "{python}" -m jaxlm.train --config="{tiny}" "$@"  # of several recipes the last counts
 fi
@@ -64,7 +65,7 @@ exec "{python}" "$@"
 """
 
 OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, schedules.Options]
-OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff]
+OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff, Replay]
 """What the verbs understand."""
 
 MISTAKES = {"--optimizer.learningrate"}
