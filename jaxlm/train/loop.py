@@ -166,10 +166,11 @@ class Run:
                     self._read(pending)
                 pending = _Pending(step, metrics, self.seen_tokens, waited)
                 self.progress.advance(step)
-                if step < config.train.steps and (stop.signal or self._due(step)):
+                stopping = step < config.train.steps and stop.due(step)
+                if stopping or (step < config.train.steps and self._due(step)):
                     self._read(pending)
                     pending = None
-                    self._between(step, state, stop)
+                    self._between(step, state, stop.name if stopping else None)
         if pending:
             self._read(pending)
         self._profile(None, state)
@@ -179,17 +180,16 @@ class Run:
         every = (self.config.checkpoint.every, self.config.eval.every)
         return any(n and step % n == 0 for n in every)
 
-    def _between(self, step: int, state: State, stop: StopRequest) -> None:
+    def _between(self, step: int, state: State, stopped_by: str | None) -> None:
         """What happens between two steps: evaluation, a save, or the end that a signal asked for."""
         config = self.config
         began = time.perf_counter()
-        if stop.signal:
+        if stopped_by:
             self._profile(None, state)
             self._save(step, state)
             self.store.wait()
-            name = stop.signal.name
-            self.events.record("fault", step=step, kind=name)
-            raise Preempted(f"{name}: saved step {step} to {self.folder}; the same command continues from there")
+            self.events.record("fault", step=step, kind=stopped_by)
+            raise Preempted(f"{stopped_by}: saved step {step} to {self.folder}; the same command continues from there")
         if config.checkpoint.every and step % config.checkpoint.every == 0:
             with self._one_failed_save(step):
                 self._save(step, state)
