@@ -3,6 +3,8 @@
 import fcntl
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxlm.config.errors import Diverged, UserError
+from jaxlm.config.errors import CommandError, Diverged, UserError
 
 
 class StopRequest:
@@ -89,3 +91,19 @@ def alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         except OSError:
             say(f"{folder} cannot be locked on this file system: take care that no other process trains in it")
         yield
+
+
+@contextmanager
+def not_waiting_for_others() -> Iterator[None]:
+    """End the process at once where the block fails at one of several: the others wait in a collective for it, and at
+    its exit it would wait for them. What all agree on (a CommandError) ends as usual."""
+    try:
+        yield
+    except CommandError:
+        raise
+    except BaseException:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)

@@ -21,6 +21,7 @@ from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
 from jaxlm.data.corpus import Corpora, open_corpora
 from jaxlm.data.loader import Loader, batches
+from jaxlm.metrics import heartbeat
 from jaxlm.metrics.events import Events
 from jaxlm.metrics.jsonl import read
 from jaxlm.metrics.progress import Progress
@@ -30,7 +31,7 @@ from jaxlm.train import resume
 from jaxlm.train.assemble import Assembly, assemble
 from jaxlm.train.beside import beside, import_later_needs
 from jaxlm.train.evaluate import Evaluator
-from jaxlm.train.faults import StopRequest, alone, check_streak
+from jaxlm.train.faults import StopRequest, alone, check_streak, not_waiting_for_others
 from jaxlm.train.meter import Meter
 from jaxlm.train.sample import write_sample
 from jaxlm.train.state import State
@@ -52,7 +53,7 @@ def run(config: RunConfig) -> None:
     )
     check(config, spec, leader.say)
     folder = check_run_folder(config, leader.say)
-    with alone(folder, leader.say):
+    with alone(folder, leader.say), not_waiting_for_others():
         _run(config, mesh, str(spec), folder)
 
 
@@ -67,6 +68,7 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
     assembly = assemble(config, mesh, corpora.tokenizer.vocabulary_size, say)
     with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every) as store:
         step = resume.choose(store, config.resume, say)
+        heartbeat.phase("compile")
         # XLA compiles the step on one core while the state is made, or read, on another.
         compiling = None if (step or 0) >= config.train.steps else beside(assembly.compile, say)
         beside(import_later_needs)
@@ -157,8 +159,10 @@ class Run:
             self.loader, self.position, size, lambda name: sharding[name].sharding, config.data.prefetch, end
         ) as stream:
             self.meter.restart()
+            heartbeat.phase("data", step + 1)
             for self.position, batch, waited in stream:
                 step += 1
+                heartbeat.phase("step", step)
                 self._profile(step, state)
                 state, metrics = compiled(state, batch)
                 self.seen_tokens += size * length
@@ -171,6 +175,7 @@ class Run:
                     self._read(pending)
                     pending = None
                     self._between(step, state, stop.name if stopping else None)
+                heartbeat.phase("data", step + 1)
         if pending:
             self._read(pending)
         self._profile(None, state)
@@ -231,6 +236,7 @@ class Run:
             self.progress.say(f"warning: {error}; training goes on to the next save")
 
     def _save(self, step: int, state: State) -> None:
+        heartbeat.phase("save", step)
         meta = {
             "step": step,
             "position": self.position,
@@ -244,6 +250,7 @@ class Run:
     def _evaluate(self, step: int, state: State) -> None:
         if not self.evaluate:
             return
+        heartbeat.phase("eval", step)
         values = self.evaluate(state["params"])
         self.tracker.log(step, values, file="eval.jsonl")
         self.progress.say(
@@ -263,6 +270,7 @@ class Run:
         """What a run leaves beside its last checkpoint."""
         if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
             self._evaluate(step, state)
+        heartbeat.phase("end", step)
         if self.config.eval.sample_tokens:
             text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
             self.progress.say(f"sample after step {step}:\n{text}\n")
