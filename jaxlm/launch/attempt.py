@@ -15,7 +15,7 @@ from jaxlm.launch.rank import Rank, ending
 from jaxlm.launch.watch import Stall, Watch
 
 LOOK_SECONDS = 0.1
-SETTLE_SECONDS = 5.0
+SETTLE_SECONDS = 3.0
 """For the other ranks to end by themselves after one has ended in a way that all of them share."""
 DUMP_SECONDS = 1.0
 """For the ranks to write their stacks."""
@@ -65,8 +65,9 @@ class Attempt:
                     job.command(arguments, self.plan),
                     job.environment(self.plan, rank.number, self.options, rank.beat),
                 )
-            self.tell("start", "", attempt=self.plan.attempt, mesh=self.plan.mesh, slots=list(self.plan.slots),
-                      pids={str(rank.number): rank.pid for rank in self.ranks})  # fmt: skip
+            plan, pids = self.plan, {str(rank.number): rank.pid for rank in self.ranks}
+            self.tell("start", "", attempt=plan.attempt, mesh=plan.mesh, address=plan.address, slots=list(plan.slots),
+                      pids=pids)  # fmt: skip
             while (found := self._look()) is None:
                 time.sleep(LOOK_SECONDS)
         finally:
@@ -139,12 +140,14 @@ class Attempt:
 
     def _stalled(self, stall: Stall) -> Ending:
         """Name who stands still, and write where every thread of every rank is."""
-        stopped = [rank.number for rank in self.ranks if rank.number in stall.ranks and rank.stopped()]
-        culprits = stopped or stall.ranks
+        suspects = [rank for rank in self.ranks if rank.number in stall.ranks]
+        stopped = [rank.number for rank in suspects if rank.stopped()]
+        self._dump()
+        busy = [rank.number for rank in suspects if not rank.waits()]
+        culprits = stopped or busy or stall.ranks
         who = f"rank {culprits[0]}" if len(culprits) == 1 else f"ranks {', '.join(map(str, culprits))} together"
         how = " (stopped by a signal)" if stopped else ""
         why = f"{who} stood still{how} in {_where(stall.beat)} for {stall.seconds:.0f} s, over {stall.limit:g}"
-        self._dump()
         where = self.board.attempt(self.plan.attempt) / "rank-*.stacks"
         self.tell("stall", f"{why}; stacks of all ranks are in {where}", attempt=self.plan.attempt, ranks=culprits,
                   phase=stall.beat.phase, step=stall.beat.step, seconds=round(stall.seconds, 1))  # fmt: skip

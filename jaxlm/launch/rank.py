@@ -66,6 +66,13 @@ class Rank:
         except OSError:
             return False
 
+    def waits(self) -> bool:
+        """Whether its main thread was inside jax, or waiting for a thread, when it last wrote its stacks: for other
+        ranks, most likely."""
+        text = self.stacks.read_text() if self.stacks.exists() else ""
+        main = text.rpartition("Current thread")[2].splitlines()[1:2]  # faulthandler begins with the innermost call
+        return any(place in line for line in main for place in ("/jax/", "/threading.py", "/concurrent/"))
+
     def signal(self, number: signal.Signals) -> None:
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):

@@ -126,7 +126,7 @@ class Supervisor:
         step = self._newest()
         where = f"checkpoint {step}" if step >= 0 else "the beginning"
         self._tell("restart", f"restart {restarts} of at most {self.options.max_restarts} in {seconds:g} s, "
-                              f"from {where}", restart=restarts, step=max(step, 0))  # fmt: skip
+                              f"from {where}", restart=restarts, seconds=seconds, step=max(step, 0))  # fmt: skip
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.asked.signal:
             self.board.keep_alive()

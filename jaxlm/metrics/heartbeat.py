@@ -4,6 +4,7 @@ The loop names each phase as it enters it, which costs a microsecond; a thread w
 go through the same phases in the same order, so the one that has entered the fewest is the one the others wait for.
 """
 
+import atexit
 import faulthandler
 import json
 import os
@@ -46,7 +47,9 @@ def begin() -> None:
     if VARIABLE in os.environ:
         path = Path(os.environ[VARIABLE])
         faulthandler.register(signal.SIGUSR1, file=stacks(path).open("w"), all_threads=True)
-        threading.Thread(target=_write, args=(path,), name="heartbeat", daemon=True).start()
+        file = _File(path)
+        threading.Thread(target=file.write_for_ever, name="heartbeat", daemon=True).start()
+        atexit.register(file.write)
 
 
 def phase(name: Phase, step: int = 0) -> None:
@@ -69,11 +72,21 @@ def stacks(path: Path) -> Path:
     return path.with_suffix(".stacks")
 
 
-def _write(path: Path) -> None:
-    partial, written = path.with_name(path.name + ".partial"), Beat()
-    while True:
-        if (beat := _beat) is not written:
-            partial.write_text(json.dumps(beat._asdict()))
-            partial.replace(path)  # a reader sees the old beat or the new; it need not survive a power loss
-            written = beat
-        time.sleep(WRITE_EVERY_SECONDS)
+class _File:
+    """Writes the last beat to `path`, if it has not been written yet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._written, self._lock = path, Beat(), threading.Lock()
+
+    def write(self) -> None:
+        with self._lock:
+            if (beat := _beat) is not self._written:
+                partial = self._path.with_name(self._path.name + ".partial")
+                partial.write_text(json.dumps(beat._asdict()))
+                partial.replace(self._path)  # a reader sees the old beat or the new; a power loss may take it
+                self._written = beat
+
+    def write_for_ever(self) -> None:
+        while True:
+            self.write()
+            time.sleep(WRITE_EVERY_SECONDS)
