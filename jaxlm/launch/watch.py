@@ -20,29 +20,29 @@ class Stall(NamedTuple):
 
 
 class Watch:
-    """Reads the heartbeats of all ranks, in `files`, and measures their age by the clock of this host alone."""
+    """Reads the heartbeats of all ranks, in `files`, and measures by the clock of this host alone."""
 
     def __init__(self, files: Sequence[Path], limits: Limits) -> None:
         self._files, self._limits = files, limits
-        now = time.monotonic()
         self.beats = [Beat() for _ in files]
-        self._since = [now for _ in files]
+        self._last: tuple[int, list[int]] = (0, [])
+        self._since = time.monotonic()
 
     def look(self, ended: Sequence[int]) -> Stall | None:
         """The stall there is, if any, among the ranks that have not `ended`.
 
         Only the rank that has come least far can be at fault: those ahead of it wait in a collective for it, whatever
-        phase they are in. So its limit counts and no other.
+        phase they are in. So its limit counts and no other, from when it came to be the last: before, it may have
+        waited itself.
         """
-        now = time.monotonic()
-        for rank, file in enumerate(self._files):
-            if (beat := heartbeat.read(file)) != self.beats[rank]:
-                self.beats[rank], self._since[rank] = beat, now
+        self.beats = [heartbeat.read(file) for file in self._files]
         running = [rank for rank in range(len(self._files)) if rank not in ended]
         if not running:
             return None
         least = min(self.beats[rank].entered for rank in running)
         behind = [rank for rank in running if self.beats[rank].entered == least]
-        beat, seconds = self.beats[behind[0]], now - max(self._since[rank] for rank in behind)
+        if (least, behind) != self._last:
+            self._last, self._since = (least, behind), time.monotonic()
+        beat, seconds = self.beats[behind[0]], time.monotonic() - self._since
         limit = getattr(self._limits, beat.phase)
         return Stall(behind, beat, seconds, limit) if seconds > limit else None

@@ -52,6 +52,7 @@ for step in range(begin + 1, config.train.steps + 1):
     heartbeat.phase("data", step)
     heartbeat.phase("step", step)
     leave(step)
+    time.sleep(0.05)
     meet(step - 1 if step > begin + 1 else step)
     print(f"step {step}", flush=True)
     if step % config.checkpoint.every == 0:

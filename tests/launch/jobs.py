@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from jaxlm.metrics import heartbeat
 from jaxlm.metrics.heartbeat import Beat
 from jaxlm.metrics.jsonl import read
@@ -39,7 +41,11 @@ class Launched:
 
     def end(self, timeout: float = 60) -> tuple[int, str, str]:
         """Exit code, stdout and stderr, once it has ended."""
-        out, error = self.process.communicate(timeout=timeout)
+        try:
+            out, error = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as late:
+            files = (self.run / "launch").rglob("*.*")
+            pytest.fail(f"{late}\n" + "\n".join(f"{file}: {file.read_text()}" for file in files if file.is_file()))
         return self.process.returncode, out, error
 
     def events(self, kind: str) -> list[dict]:

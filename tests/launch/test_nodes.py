@@ -14,10 +14,12 @@ from tests.launch.test_supervisor import SOON, TRAINING
 NODES = ["--nodes=2", "--processes=1"]
 
 
-def two_nodes(stack: ExitStack, run: Path, *own: str, **variables: str) -> tuple[Launched, Launched]:
+def two_nodes(
+    stack: ExitStack, run: Path, *own: str, training: list[str] = TRAINING, **variables: str
+) -> tuple[Launched, Launched]:
     first, second = (
         stack.enter_context(
-            launched(run, *NODES, f"--node-rank={node}", *own, training=TRAINING, verb="node", **variables)
+            launched(run, *NODES, f"--node-rank={node}", *own, training=training, verb="node", **variables)
         )
         for node in (0, 1)
     )
@@ -68,5 +70,6 @@ def test_a_final_exit_code_is_that_of_both(tmp_path: Path) -> None:
 def test_a_node_does_not_take_the_plan_of_an_earlier_job(tmp_path: Path) -> None:
     with ExitStack() as stack:
         assert [job.end()[0] for job in two_nodes(stack, tmp_path)] == [0, 0]
-        assert [job.end()[0] for job in two_nodes(stack, tmp_path)] == [0, 0]
+        longer = two_nodes(stack, tmp_path, training=[*TRAINING, "--train.steps=20"])
+        assert [job.end()[0] for job in longer] == [0, 0]
         assert len(list((tmp_path / "launch").glob("attempt-*"))) == 2
