@@ -111,7 +111,8 @@ class Attempt:
         if self.asked.twice:
             return Ending(130, "interrupted again: the processes were killed; the last checkpoint counts")
         done = len(codes) == len(self.ranks)
-        if not done and time.monotonic() - self._forwarded < self.options.grace:
+        lost = any(code not in (0, Preempted.exit_code) for code in codes.values())  # then the others cannot save
+        if not done and time.monotonic() - self._forwarded < (SETTLE_SECONDS if lost else self.options.grace):
             return None
         if done and not any(codes.values()):
             return Ending(0)
