@@ -17,8 +17,8 @@ from jaxlm.launch.watch import Stall, Watch
 LOOK_SECONDS = 0.1
 SETTLE_SECONDS = 3.0
 """For the other ranks to end by themselves after one has ended in a way that all of them share."""
-DUMP_SECONDS = 1.0
-"""For the ranks to write their stacks."""
+DUMP_SECONDS = 2.0
+"""At most, for the ranks to write their stacks."""
 
 FINAL = (UserError.exit_code, Diverged.exit_code, NoValidCheckpoint.exit_code)
 """Exit codes that would be the same after a restart."""
@@ -156,12 +156,15 @@ class Attempt:
 
     def _dump(self) -> None:
         """Have the ranks write their stacks; one that is stopped goes on for that, and is killed a moment later."""
-        for rank in self.ranks:
-            # One that has not come as far as its first phase would only die of it.
-            if self.watch.beats[rank.number].entered:
-                rank.signal(signal.SIGUSR1)
-                rank.signal(signal.SIGCONT)
-        time.sleep(DUMP_SECONDS)
+        # One that has not come as far as its first phase would only die of the signal.
+        asked = [rank for rank in self.ranks if self.watch.beats[rank.number].entered and rank.code is None]
+        for rank in asked:
+            rank.signal(signal.SIGUSR1)
+            rank.signal(signal.SIGCONT)
+        until = time.monotonic() + DUMP_SECONDS
+        while time.monotonic() < until and not all(rank.main_thread() for rank in asked):
+            time.sleep(LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)  # for the last lines of the last one
 
     def _show(self) -> None:
         """Rank 0 speaks for all."""

@@ -69,9 +69,13 @@ class Rank:
     def waits(self) -> bool:
         """Whether its main thread was inside jax, or waiting for a thread, when it last wrote its stacks: for other
         ranks, most likely."""
+        innermost = self.main_thread()[:1]  # faulthandler begins with the innermost call
+        return any(place in line for line in innermost for place in ("/jax/", "/threading.py", "/concurrent/"))
+
+    def main_thread(self) -> list[str]:
+        """The calls of its main thread when it last wrote its stacks, which it writes last; none before."""
         text = self.stacks.read_text() if self.stacks.exists() else ""
-        main = text.rpartition("Current thread")[2].splitlines()[1:2]  # faulthandler begins with the innermost call
-        return any(place in line for line in main for place in ("/jax/", "/threading.py", "/concurrent/"))
+        return text.partition("Current thread")[2].splitlines()[1:]
 
     def signal(self, number: signal.Signals) -> None:
         if self.code is None:

@@ -61,6 +61,7 @@ def test_a_signal_to_one_node_ends_both(tmp_path: Path, node: int) -> None:
         assert [job.end()[0] for job in nodes] == [75, 75]
 
 
+@pytest.mark.slow
 def test_a_final_exit_code_is_that_of_both(tmp_path: Path) -> None:
     with ExitStack() as stack:
         nodes = two_nodes(stack, tmp_path, FAKE_EXIT="3:1:4")
