@@ -57,7 +57,7 @@ class Supervisor:
                 return self._final(plan)
             saved = self._newest()
             self.board.publish(plan)
-            ending = Attempt(plan, self.options, self.board, self.asked, self._tell).run(self.arguments)
+            ending = self._attempt(plan)
             if ending.code is not None:
                 return self._final(ending)
             if self._newest() > saved:
@@ -83,11 +83,17 @@ class Supervisor:
                 return Ending(1, "node 0 has not been heard of for a minute")
             if plan and plan.attempt > done:
                 done = plan.attempt
-                ending = Attempt(plan, self.options, self.board, self.asked, self._tell).run(self.arguments)
+                ending = self._attempt(plan)
                 self._tell("end", "", attempt=done, code=ending.code, why=ending.why)
-            elif self.asked.signal and not done:
+            elif self.asked.signal:
                 return Ending(Preempted.exit_code)
             time.sleep(LOOK_SECONDS)
+
+    def _attempt(self, plan: job.Plan) -> Ending:
+        ending = Attempt(plan, self.options, self.board, self.asked, self._tell).run(self.arguments)
+        if self.config.resume == "never":  # that was said of the beginning: what this job has saved, it continues
+            self.arguments = [*self.arguments, "--resume=auto"]
+        return ending
 
     def _plan(self, number: int) -> job.Plan | Ending:
         """The next attempt, on the processes that are not gone."""

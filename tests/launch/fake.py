@@ -47,7 +47,7 @@ leave(0)
 signal.signal(signal.SIGTERM, lambda *_: stop.touch())
 heartbeat.phase("compile")
 begin = max(manifest.steps(run / "checkpoints"), default=0)
-print(f"from step {begin} on mesh {config.mesh}", flush=True)
+print(f"from step {begin} on mesh {config.mesh}, resume {config.resume}", flush=True)
 for step in range(begin + 1, config.train.steps + 1):
     heartbeat.phase("data", step)
     heartbeat.phase("step", step)

@@ -29,6 +29,15 @@ def test_a_rank_that_dies_is_named_and_the_job_goes_on_from_the_last_checkpoint(
         assert job.left() == []
 
 
+def test_a_run_that_was_to_begin_anew_is_continued_after_a_restart(tmp_path: Path) -> None:
+    with launched(tmp_path, "--max-restarts=1", training=[*TRAINING, "--resume=never"], FAKE_EXIT="3:1:-9") as job:
+        _, out, _ = job.end()
+        assert [line for line in out.splitlines() if "resume" in line] == [
+            "from step 0 on mesh dp4, resume never",
+            "from step 0 on mesh dp4, resume auto",
+        ]
+
+
 @pytest.mark.parametrize("phase", ["compile:0", "data:6", "step:6", "save:8"])
 def test_a_rank_that_stands_still_is_named_with_its_phase(tmp_path: Path, phase: str) -> None:
     with launched(tmp_path, *SOON, training=TRAINING, JAXLM_STALL=f"{phase}:1:3600") as job:

@@ -173,3 +173,17 @@ def test_no_rank_outlives_a_killed_supervisor(training: list[str], tmp_path: Pat
         while job.left() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert job.left() == []
+
+
+@pytest.mark.slow
+def test_two_supervisors_train_as_two_nodes(training: list[str], whole: Path, tmp_path: Path) -> None:
+    own = ["--nodes=2", "--processes=1"]
+    with (
+        launched(tmp_path, *own, "--node-rank=0", training=training, fake=False, verb="node") as first,
+        launched(tmp_path, *own, "--node-rank=1", training=training, fake=False, verb="node") as second,
+    ):
+        first.wait_for_step(6)
+        os.kill(first.beat(1).pid, signal.SIGKILL)
+        error = goes_on_to_equal(first, whole)
+        assert "restart 1 of at most 10" in error
+        assert second.end()[0] == 0
