@@ -84,17 +84,11 @@ class Attempt:
         stall = self.watch.look(list(codes))
         if self.asked.signal:
             return self._stop(codes)
-        if len(codes) == len(self.ranks) and not any(codes.values()):
-            return Ending(0)
         elsewhere = self.board.failure_elsewhere(self.plan.attempt)
         if any(codes.values()) or elsewhere:
-            self._first_failure = self._first_failure or time.monotonic()
-            if elsewhere and elsewhere.stalled:
-                self._dump()
-            alike = elsewhere.code is not None if elsewhere else all(c in (0, *SHARED) for c in codes.values())
-            everywhere = len(codes) == len(self.ranks) and (self.options.nodes == 1 or elsewhere)
-            if everywhere or not alike or time.monotonic() - self._first_failure > SETTLE_SECONDS:
-                return elsewhere or self._failed(codes)
+            return self._fail(codes, elsewhere)
+        if len(codes) == len(self.ranks):
+            return Ending(0)
         if self.board.lost():
             return Ending(1, "node 0 has not been heard of for a minute")
         return self._stalled(stall) if stall and self.options.node_rank == 0 else None
@@ -122,6 +116,17 @@ class Attempt:
             return Ending(Preempted.exit_code, "stopped before the first step; the same command continues")
         why = "not all processes could save" if done else f"the processes had not saved after {self.options.grace:g} s"
         return Ending(1, f"{why}; the same command continues from the last checkpoint")
+
+    def _fail(self, codes: Mapping[int, int], elsewhere: Ending | None) -> Ending | None:
+        """The end that a failure here or on another node makes; None while ranks may still end by themselves."""
+        self._first_failure = self._first_failure or time.monotonic()
+        if elsewhere and elsewhere.stalled:
+            self._dump()
+        shared = elsewhere.code is not None if elsewhere else all(code in (0, *SHARED) for code in codes.values())
+        complete = len(codes) == len(self.ranks) and (self.options.nodes == 1 or elsewhere is not None)
+        if shared and not complete and time.monotonic() - self._first_failure < SETTLE_SECONDS:
+            return None
+        return elsewhere or self._failed(codes)
 
     def _failed(self, codes: Mapping[int, int]) -> Ending:
         """Which rank failed first is not known for sure: one that was killed is at fault before one that gave up."""

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 
 import jax
-from jax._src.lib import _jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -84,6 +83,8 @@ def _join_processes() -> None:
     if address := os.environ.get(LISTEN):
         # Gloo, which carries the collectives of CPU processes, listens where the host's name leads. It takes an
         # address, but jax has no option that passes one on.
+        from jax._src.lib import _jax
+
         _jax.make_gloo_tcp_collectives = functools.partial(_jax.make_gloo_tcp_collectives, hostname=address)
     try:
         numbers = {name: int(os.environ[key]) for name, key in variables.items() if key in os.environ}
