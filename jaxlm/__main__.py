@@ -10,6 +10,7 @@ from jaxlm.config.errors import UserError
 
 VERBS = {
     "train": "train a model, or continue a run",
+    "launch": "run the processes of a run, and keep them running",
     "data": "turn text into token shards",
     "generate": "continue a prompt with a trained model",
     "checkpoint": "list, show and verify checkpoints",

@@ -1,8 +1,9 @@
 """What the README and the pages of docs/ say is so: their commands run, and their keys, links and names exist.
 
 The blocks of a page run in order, as they are written, in a scratch folder where `runs/default` is a finished run.
-Only the size is ours: `python -m jaxlm.train` gets a recipe of a tiny run in front of the options of the page, which
-override it. SLOW and ELSEWHERE name the commands that are treated in another way, and why.
+Only the size is ours: `python -m jaxlm.train`, and what `jaxlm.launch` trains, get a recipe of a tiny run in front of
+the options of the page, which override it. SLOW and ELSEWHERE name the commands that are treated in another way, and
+why.
 """
 
 import fcntl
@@ -24,6 +25,7 @@ from jaxlm.config.schema import RunConfig
 from jaxlm.config.values import option
 from jaxlm.data.__main__ import Prepare, Show
 from jaxlm.generate.__main__ import GenerateConfig
+from jaxlm.launch.options import Options as Launch
 from jaxlm.metrics.__main__ import Options
 from jaxlm.parallel.schedules import __main__ as schedules
 from jaxlm.train.replay import Replay
@@ -39,6 +41,7 @@ SLOW = {
     "--data.path=docs,README.md": "trains a tokenizer and a model",
     "--mesh=dp2,fsdp2,tp2": "draws and compiles for 8 devices what sharding.md does for 4",
     "--profile.steps": "another of many small trainings",
+    "JAXLM_STALL": "trains twice in two processes",
     "--remat=full": "compiles what the block before it compiled",
 }
 """Blocks with these words run in the slow suite: why."""
@@ -56,15 +59,20 @@ train: {{steps: 20, log_every: 5}}
 eval: {{batches: 2, sample_tokens: 16}}
 """
 
-PYTHON = """#!/bin/sh
+PYTHON = """#!/bin/bash
 if [ "$1 $2" = "-m jaxlm.train" ] && [ "$3" != replay ]; then
   shift 2
   exec "{python}" -m jaxlm.train --config="{tiny}" "$@"  # of several recipes the last counts
 fi
+if [ "$1 $2" = "-m jaxlm.launch" ]; then
+  words=()
+  for word; do words+=("$word"); if [ "$word" = -- ]; then words+=("--config={tiny}"); fi; done
+  exec "{python}" "${{words[@]}}"
+fi
 exec "{python}" "$@"
 """
 
-OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, schedules.Options]
+OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, Launch, schedules.Options]
 OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff, Replay]
 """What the verbs understand."""
 

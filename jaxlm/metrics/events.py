@@ -30,12 +30,16 @@ class Events:
     def record(self, event: Event, **fields: Any) -> None:
         """Write `event` with the time (UTC), the seconds since this process opened the file, and `fields`."""
         if self._file:
-            now = datetime.now(UTC).isoformat(timespec="milliseconds")
             self._file.append(
-                {"time": now, "seconds": round(time.monotonic() - self._began, 3), "event": event, **fields}
+                {"time": now(), "seconds": round(time.monotonic() - self._began, 3), "event": event, **fields}
             )
 
     def close(self) -> None:
         if self._file:
             self._file.close()
             self._file = None
+
+
+def now() -> str:
+    """The time (UTC) as events have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,6 +1,7 @@
 """From a mesh spec to the devices: simulates CPU devices, joins other processes, orders devices by network."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -8,9 +9,12 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from jaxlm.config.errors import UserError
+from jaxlm.config.errors import CommandError, UserError
 from jaxlm.config.mesh_spec import AXES, MeshSpec
 from jaxlm.parallel.host import keep_heap
+
+LISTEN = "JAXLM_LISTEN"
+"""Environment variable: the address at which CPU processes listen for each other (default: that of the host's name)."""
 
 MOST_SIMULATED = 1024
 """Each simulated device is a thread or two."""
@@ -76,6 +80,12 @@ def _simulate(count: int) -> None:
 def _join_processes() -> None:
     """Join the processes that the environment names; JAX itself finds those of SLURM, Kubernetes, MPI and TPU pods."""
     variables = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    if address := os.environ.get(LISTEN):
+        # Gloo, which carries the collectives of CPU processes, listens where the host's name leads. It takes an
+        # address, but jax has no option that passes one on.
+        from jax._src.lib import _jax
+
+        _jax.make_gloo_tcp_collectives = functools.partial(_jax.make_gloo_tcp_collectives, hostname=address)
     try:
         numbers = {name: int(os.environ[key]) for name, key in variables.items() if key in os.environ}
         # When a process dies the others end after this time, rather than wait 100 seconds in a collective.
@@ -83,8 +93,12 @@ def _join_processes() -> None:
             num_processes=numbers.get("num_processes"),
             process_id=numbers.get("process_id"),
             heartbeat_timeout_seconds=30,
+            shutdown_timeout_seconds=60,
         )
-    except (ValueError, RuntimeError) as error:
+    except RuntimeError as error:
+        # Not a mistake of the command: the same one may work the next time.
+        raise CommandError(f"the processes did not find each other: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"jax.distributed found no other processes ({reason}); set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "

@@ -8,6 +8,7 @@ from jaxlm.config.checks import check
 from jaxlm.config.load import dump, load
 from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
+from jaxlm.metrics import heartbeat
 
 
 def main(argv: list[str]) -> None:
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> None:
 
         preview(config, full="explain" in flags)
     else:
+        heartbeat.begin()
+        heartbeat.phase("init")
         from jaxlm.train.loop import run
 
         run(config)

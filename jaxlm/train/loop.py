@@ -22,7 +22,7 @@ from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
 from jaxlm.data.corpus import Corpora, open_corpora
 from jaxlm.data.loader import Loader, batches
-from jaxlm.metrics import goodput
+from jaxlm.metrics import goodput, heartbeat
 from jaxlm.metrics.events import Events
 from jaxlm.metrics.goodput import Goodput
 from jaxlm.metrics.jsonl import read
@@ -33,7 +33,7 @@ from jaxlm.train import forensics, resume
 from jaxlm.train.assemble import Assembly, assemble
 from jaxlm.train.beside import beside, import_later_needs
 from jaxlm.train.evaluate import Evaluator
-from jaxlm.train.faults import StopRequest, alone
+from jaxlm.train.faults import StopRequest, alone, not_waiting_for_others
 from jaxlm.train.meter import Meter
 from jaxlm.train.sample import write_sample
 from jaxlm.train.state import State
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> None:
     )
     check(config, spec, leader.say)
     folder = check_run_folder(config, leader.say)
-    with alone(folder, leader.say):
+    with alone(folder, leader.say), not_waiting_for_others():
         _run(config, mesh, str(spec), folder)
 
 
@@ -71,6 +71,7 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
     assembly = assemble(config, mesh, corpora.tokenizer.vocabulary_size, say)
     with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every) as store:
         step = resume.choose(store, config.resume, say)
+        heartbeat.phase("compile")
         # XLA compiles the step on one core while the state is made, or read, on another.
         compiling = None if (step or 0) >= config.train.steps else beside(assembly.compile, say)
         beside(import_later_needs)
@@ -168,7 +169,8 @@ class Run:
         cure = "lower --optimizer.learning-rate, or look at the data around that step"
         if self.rewinds > most:
             raise self._diverged(bad, f"{bad}; it went back {most} times (--train.max-rewinds): {cure}")
-        self.store.wait()
+        with self._one_failed_save(bad.step):
+            self.store.wait()
         before = bad.first if bad.first > self.rewound_to + 1 else self.rewound_to
         step = self.store.latest_valid(say, before)
         if step is None:
@@ -207,8 +209,10 @@ class Run:
         pending: _Pending | None = None
         with batches(self.loader, self.position, size, lambda name: sharding[name].sharding, stop=end) as stream:
             self.meter.restart()
+            heartbeat.phase("data", step + 1)
             for self.position, batch, waited in stream:
                 step += 1
+                heartbeat.phase("step", step)
                 self.clock.move("data_wait", waited)
                 self.clock.switch("rework" if step <= self.furthest else "step")
                 self._profile(step, state)
@@ -219,10 +223,12 @@ class Run:
                     self._read(pending, state)
                 pending = _Pending(step, metrics, self.position, self.seen_tokens, waited)
                 self.progress.advance(step)
-                if step < config.train.steps and (stop.signal or self._due(step)):
+                stopping = step < config.train.steps and stop.due(step)
+                if stopping or (step < config.train.steps and self._due(step)):
                     self._read(pending, state)
                     pending = None
-                    self._between(step, state, stop)
+                    self._between(step, state, stop.name if stopping else None)
+                heartbeat.phase("data", step + 1)
         if pending:
             self._read(pending, state)
         self.clock.switch("idle")
@@ -233,17 +239,16 @@ class Run:
         every = (self.config.checkpoint.every, self.config.eval.every)
         return any(n and step % n == 0 for n in every)
 
-    def _between(self, step: int, state: State, stop: StopRequest) -> None:
+    def _between(self, step: int, state: State, stopped_by: str | None) -> None:
         """What happens between two steps: evaluation, a save, or the end that a signal asked for."""
         config = self.config
         began = time.perf_counter()
-        if stop.signal:
+        if stopped_by:
             self._profile(None, state)
             self._save(step, state)
             self.store.wait()
-            name = stop.signal.name
-            self.events.record("fault", step=step, kind=name)
-            raise Preempted(f"{name}: saved step {step} to {self.folder}; the same command continues from there")
+            self.events.record("fault", step=step, kind=stopped_by)
+            raise Preempted(f"{stopped_by}: saved step {step} to {self.folder}; the same command continues from there")
         if config.checkpoint.every and step % config.checkpoint.every == 0:
             with self._one_failed_save(step):
                 self._save(step, state)
@@ -286,6 +291,7 @@ class Run:
             self.progress.say(f"warning: {error}; training goes on to the next save")
 
     def _save(self, step: int, state: State) -> None:
+        heartbeat.phase("save", step)
         meta = {
             "step": step,
             "position": self.position,
@@ -302,6 +308,7 @@ class Run:
     def _evaluate(self, step: int, state: State) -> None:
         if not self.evaluate:
             return
+        heartbeat.phase("eval", step)
         with self.clock.within("eval"):
             values = self.evaluate(state["params"])
         self.tracker.log(step, values, file="eval.jsonl")
@@ -322,6 +329,7 @@ class Run:
         """What a run leaves beside its last checkpoint."""
         if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
             self._evaluate(step, state)
+        heartbeat.phase("end", step)
         if self.config.eval.sample_tokens:
             with self.clock.within("eval"):
                 text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
