@@ -1,6 +1,7 @@
 """Work beside the main thread, while a run starts."""
 
 import importlib
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -33,5 +34,12 @@ def beside(work: Callable[..., T], *arguments: Any) -> Future[tuple[T, float]]:
 
 def import_later_needs() -> None:
     """Import LATER_NEEDS: whoever needs one sooner waits for it."""
-    for name in LATER_NEEDS:
-        importlib.import_module(name)
+    # For a moment while grain is imported, etils replaces the `import` of the whole process. A thread that imports just
+    # then would get a stand-in; so none may take over while this one has no reason to wait.
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1.0)
+    try:
+        for name in LATER_NEEDS:
+            importlib.import_module(name)
+    finally:
+        sys.setswitchinterval(usual)
