@@ -21,6 +21,13 @@ CATEGORIES = {
 """Name -> what belongs to it."""
 
 
+OF_PHASE = {
+    **{"start": "init", "init": "init", "compile": "compile", "data": "data_wait"},
+    **{"step": "step", "save": "save", "eval": "eval", "end": "idle"},
+}
+"""Phase of `metrics.heartbeat` -> category."""
+
+
 class Goodput:
     """The clock of one process: at any moment exactly one category runs, so that they sum to its life."""
 
@@ -44,12 +51,6 @@ class Goodput:
             yield
         finally:
             self.switch(before)
-
-    def move(self, category: str, seconds: float) -> None:
-        """Of the time that is running, `seconds` belong to `category`."""
-        self.switch(self._running)
-        self.seconds[category] += seconds
-        self.seconds[self._running] -= seconds
 
     def read(self) -> dict[str, float]:
         """Seconds by category until now."""

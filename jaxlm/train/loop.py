@@ -189,6 +189,12 @@ class Run:
         self.events.record("fault", step=bad.step, kind="diverged")
         return Diverged(line)
 
+    def _enter(self, phase: heartbeat.Phase, step: int) -> None:
+        """The loop is in `phase` now: for whoever watches it, and for the sums of where the time goes."""
+        heartbeat.phase(phase, step)
+        again = phase == "step" and step <= self.furthest
+        self.clock.switch("rework" if again else goodput.OF_PHASE[phase])
+
     def _account(self) -> None:
         """Write where the seconds of this process went, so that a kill loses little of that."""
         self.events.record("goodput", began=self.clock.began, spent=self.clock.read())
@@ -209,12 +215,10 @@ class Run:
         pending: _Pending | None = None
         with batches(self.loader, self.position, size, lambda name: sharding[name].sharding, stop=end) as stream:
             self.meter.restart()
-            heartbeat.phase("data", step + 1)
+            self._enter("data", step + 1)
             for self.position, batch, waited in stream:
                 step += 1
-                heartbeat.phase("step", step)
-                self.clock.move("data_wait", waited)
-                self.clock.switch("rework" if step <= self.furthest else "step")
+                self._enter("step", step)
                 self._profile(step, state)
                 state, metrics = compiled(state, batch)
                 faultpoints.point("step")
@@ -228,10 +232,10 @@ class Run:
                     self._read(pending, state)
                     pending = None
                     self._between(step, state, stop.name if stopping else None)
-                heartbeat.phase("data", step + 1)
+                self._enter("data", step + 1)
+        self._enter("step", step)
         if pending:
             self._read(pending, state)
-        self.clock.switch("idle")
         self._profile(None, state)
         return state
 
@@ -291,7 +295,7 @@ class Run:
             self.progress.say(f"warning: {error}; training goes on to the next save")
 
     def _save(self, step: int, state: State) -> None:
-        heartbeat.phase("save", step)
+        self._enter("save", step)
         meta = {
             "step": step,
             "position": self.position,
@@ -300,17 +304,15 @@ class Run:
             "mesh": self.mesh,
             "config": dump(self.config),
         }
-        with self.clock.within("save"):
-            self.store.save(step, state, meta)
+        self.store.save(step, state, meta)
         self.events.record("save", step=step)
         self._account()
 
     def _evaluate(self, step: int, state: State) -> None:
         if not self.evaluate:
             return
-        heartbeat.phase("eval", step)
-        with self.clock.within("eval"):
-            values = self.evaluate(state["params"])
+        self._enter("eval", step)
+        values = self.evaluate(state["params"])
         self.tracker.log(step, values, file="eval.jsonl")
         self.progress.say(
             f"step {step} held out: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}, "
@@ -329,7 +331,7 @@ class Run:
         """What a run leaves beside its last checkpoint."""
         if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
             self._evaluate(step, state)
-        heartbeat.phase("end", step)
+        self._enter("end", step)
         if self.config.eval.sample_tokens:
             with self.clock.within("eval"):
                 text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)

@@ -31,8 +31,9 @@ def test_every_second_is_in_one_category(monkeypatch) -> None:
         with clock.within("eval"):
             spend(1)
     spend(3)
-    clock.move("data_wait", 0.5)
-    expected = {"init": 10, "step": 7.5, "save": 2, "eval": 1, "data_wait": 0.5}
+    clock.switch("data_wait")
+    spend(0.5)
+    expected = {"init": 10, "step": 8, "save": 2, "eval": 1, "data_wait": 0.5}
     assert clock.read() == dict.fromkeys(CATEGORIES, 0.0) | expected
     assert sum(clock.read().values()) == now[0] - 90
 
