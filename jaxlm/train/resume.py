@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint.store import Store
@@ -48,14 +49,27 @@ def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
         )
     if step is None and resume == "must":
         raise NoValidCheckpoint(f"--resume=must, but {store.folder} holds no checkpoint; check --run")
+    if step is not None and (imported := store.meta(step).get("imported")):
+        say(f"beginning with the weights imported from {imported['family']}, in {imported['dtype']}")
     return step
 
 
 def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
-    """Initialise, or restore `step` onto the mesh of `assembly`, whatever mesh it was saved from."""
+    """Initialise, or restore `step` onto the mesh of `assembly`, whatever mesh it was saved from.
+
+    A checkpoint that was imported has parameters alone: the rest of the state is initialised.
+    """
     if step is None:
         return Start(state=assembly.init(), step=0, position=0, seen_tokens=0)
     meta = store.meta(step)
+    if imported := meta.get("imported"):
+        stored = jnp.dtype(imported["dtype"])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored, sharding=leaf.sharding),
+            assembly.plan.abstract["params"],
+        )
+        params = store.restore(step, {"params": abstract})["params"]
+        return Start(state=assembly.init(params), step=step, position=0, seen_tokens=0)
     state = store.restore(step, assembly.plan.abstract)
     # A run that starts again has its whole patience with steps that are not finite.
     state["streak"] = jax.device_put(np.zeros_like(state["streak"]), state["streak"].sharding)
