@@ -110,22 +110,18 @@ def cuts(size: int, each: int) -> list[tuple[int, int]]:
 
 
 def _frame(path: Path, leaves: Mapping[str, Leaf]) -> None:
-    """A checkpoint of Orbax with an array of one element for each leaf, without the arrays."""
+    """What Orbax writes around arrays, without the arrays: it is let save one element for each leaf."""
     from orbax.checkpoint import v1 as ocp
 
-    context = ocp.Context()
-    context.array.saving.use_ocdbt = False  # which would rewrite its list of chunks for each slice
     cpu = jax.local_devices(backend="cpu")[0]
-    with context:
-        ocp.save(path, {name: jnp.zeros(1, leaf.dtype, device=cpu) for name, leaf in leaves.items()})
-    state = path / STATE
-    for name in leaves:
-        shutil.rmtree(state / name)
-    shutil.rmtree(state / "array_metadatas", ignore_errors=True)  # of those arrays; the others say it themselves
-    described = json.loads((state / METADATA).read_text())
+    ocp.save(path, {name: jnp.zeros(1, leaf.dtype, device=cpu) for name, leaf in leaves.items()})
+    described = json.loads((path / STATE / METADATA).read_text())
     for entry in described["tree_metadata"].values():
         entry["value_metadata"]["write_shape"] = list(leaves[entry["key_metadata"][0]["key"]].shape)
-    (state / METADATA).write_text(json.dumps(described))
+    described["use_ocdbt"] = False  # one file for all chunks, whose list of them is rewritten for each slice
+    shutil.rmtree(path / STATE)
+    (path / STATE).mkdir()
+    (path / STATE / METADATA).write_text(json.dumps(described))
 
 
 def _create(path: Path, leaf: Leaf) -> Any:

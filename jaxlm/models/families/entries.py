@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from jaxlm.config.load import kinds
 from jaxlm.config.schema import ModelConfig
@@ -45,7 +46,8 @@ class Key:
 
 def checked(json: Json, theirs: str, kind: Any, value: Any) -> Any:
     """A value of config.json, which must be of the type `kind` of the configuration."""
-    if not isinstance(value, int | float | bool | None):
+    allowed = int | float | bool | None if NoneType in get_args(kind) else int | float | bool
+    if not isinstance(value, allowed):
         raise json.refuse(theirs, f"is not {noun(kind)}")
     return read(text(value), kind, f"config.json: {theirs}")
 

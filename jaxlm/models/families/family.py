@@ -8,7 +8,7 @@ mathematics alone; what a `ModelConfig` says that a family has no field for is f
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.schema import ModelConfig
@@ -82,6 +82,7 @@ class Json:
         return UserError(f"config.json: {plain(name)}={shown(self.given.get(name))} {why}")
 
 
+@runtime_checkable
 class Entry(Protocol):
     """One decision of a model, in both languages."""
 
