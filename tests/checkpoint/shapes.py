@@ -4,7 +4,7 @@ from typing import Any
 
 SIZES = {
     "vocab_size": 301,
-    "hidden_size": 40,
+    "hidden_size": 48,
     "intermediate_size": 52,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,

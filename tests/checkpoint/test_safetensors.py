@@ -208,7 +208,7 @@ def test_a_tensor_too_few(model, capsys):
 
 def test_a_tensor_of_another_shape(model, capsys):
     rewritten(model, lambda held: held | {"model.norm.weight": held["model.layers.0.mlp.gate_proj.weight"]})
-    refused(model, capsys, "tensor model.norm.weight is F32[52, 40]; config.json asks for [40]")
+    refused(model, capsys, "tensor model.norm.weight is F32[52, 48]; config.json asks for [48]")
 
 
 def test_an_output_layer_that_config_says_is_the_embedding(model, capsys):
