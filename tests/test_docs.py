@@ -64,7 +64,7 @@ exec "{python}" "$@"
 """
 
 OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, schedules.Options]
-OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff]
+OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff, checkpoint.Import, checkpoint.Export]
 """What the verbs understand."""
 
 MISTAKES = {"--optimizer.learningrate"}

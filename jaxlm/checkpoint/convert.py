@@ -6,6 +6,7 @@ they came, which an export gives back. Its checkpoint 0 has parameters alone: tr
 
 import itertools
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.checkpoint import safetensors
+from jaxlm.checkpoint import manifest, safetensors
 from jaxlm.checkpoint.matching import Match, leaves, matches
 from jaxlm.checkpoint.slices import SliceReader, SliceWriter
 from jaxlm.config import checks, mesh_spec
@@ -56,41 +57,50 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
     """
     if not source.is_dir():
         raise UserError(f"--from={shown(str(source))}: no such folder; download the model first")
-    if (run / "config.yaml").exists():
+    if (run / "config.yaml").exists() or manifest.steps(run / "checkpoints"):
         raise UserError(f"--run={shown(str(run))} holds a run already; use another --run")
     given = safetensors.read_json(safetensors.inside(source, CONFIG))
     family = families.of_config(given)
     config = family.read(given)
     stored = safetensors.open_folder(source)
     text = _tokenizer(source, config, say)
-    dtypes = {tensor.dtype for tensor in stored.values()} & safetensors.DTYPES.keys()
-    held = "bfloat16" if dtypes == {"BF16"} else "float32"
-    data = DataConfig(tokenizer=str(run / "tokenizer")) if text else DataConfig()
-    if config.positions == "learned":
-        data = replace(data, sequence_length=min(data.sequence_length, config.max_positions))
-    precision = PrecisionConfig(params="bfloat16" if (params or held) == "bfloat16" else "float32")
-    settings = RunConfig(model=config, mesh=mesh, run=str(run), data=data, precision=precision)
-    spec = mesh_spec.parse(mesh)
-    checks.check(settings, spec)
+    dtypes = {STORED[tensor.dtype] for tensor in stored.values() if tensor.dtype in STORED}
+    dtype = params or ("bfloat16" if dtypes == {"bfloat16"} else "float32")
+    settings = _settings(config, run, mesh, dtype, has_text=text is not None)
     model = build(config, None)
     found = matches(family, model)
     names = _names(family, found, stored, tied=config.tied)
     ignored = {name: given[name] for name in sorted(TRAINING & given.keys()) if given[name]}
     if ignored:
         say(f"of training alone, and not taken over: {' '.join(f'{n}={shown(v)}' for n, v in ignored.items())}")
-    stores = settings.precision.params
-    if stores == "bfloat16" and dtypes != {"BF16"}:
-        say(f"tensors of {' '.join(STORED[code] for code in sorted(dtypes))} are rounded to bfloat16 (--params)")
-    writer = SliceWriter((run / "checkpoints").absolute(), 0, leaves(found, model, stores))
-    for match in found:
-        _fill(writer, match, stored[names[match.name]], stores)
+    if dtype == "bfloat16" and dtypes != {"bfloat16"}:
+        say(f"tensors of {' '.join(sorted(dtypes))} are rounded to bfloat16 (--params)")
+    came = dtypes.pop() if len(dtypes) == 1 else dtype
     meta = {"step": 0, "position": 0, "seen_tokens": 0, "mesh": mesh, "config": dump(settings)}
-    came = STORED[next(iter(dtypes))] if len(dtypes) == 1 else stores
-    writer.commit({**meta, "imported": {"family": family.name, "dtype": stores, "came": came}})
-    _keep_texts(source, run, text)
-    write_atomically(run / "config.yaml", dump(settings))
-    count = sum(int(np.prod(tensor.shape)) for tensor in (stored[name] for name in set(names.values())))
-    say(f"{family.name}: {len(found)} tensors, {count:,} parameters in {stores} -> {run}")
+    meta["imported"] = {"family": family.name, "dtype": dtype, "came": came}
+    try:
+        writer = SliceWriter((run / "checkpoints").absolute(), 0, leaves(found, model, dtype))
+        for match in found:
+            _fill(writer, match, stored[names[match.name]], dtype)
+        writer.commit(meta)
+        _keep_texts(source, run, text)
+        write_atomically(run / "config.yaml", dump(settings))
+    except BaseException:
+        shutil.rmtree(run / "checkpoints" / "0", ignore_errors=True)
+        raise
+    count = sum(math.prod(match.shape) for match in found)
+    say(f"{family.name}: {len(found)} tensors, {count:,} parameters in {dtype} -> {run}")
+
+
+def _settings(config: ModelConfig, run: Path, mesh: str, dtype: str, *, has_text: bool) -> RunConfig:
+    """The recipe that an imported run begins with, checked."""
+    data = DataConfig(tokenizer=str(run / "tokenizer")) if has_text else DataConfig()
+    if config.positions == "learned":
+        data = replace(data, sequence_length=min(data.sequence_length, config.max_positions))
+    precision = PrecisionConfig(params="bfloat16" if dtype == "bfloat16" else "float32")
+    settings = RunConfig(model=config, mesh=mesh, run=str(run), data=data, precision=precision)
+    checks.check(settings, mesh_spec.parse(mesh))
+    return settings
 
 
 def export(run: Path, to: Path, step: int, dtype: str | None, say: Say) -> None:

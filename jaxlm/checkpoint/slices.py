@@ -5,6 +5,8 @@ Orbax makes the frame of the checkpoint, TensorStore (below Orbax too) its array
 
 import itertools
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -47,8 +49,14 @@ class SliceWriter:
         self.arrays = {name: _create(state / name, leaf) for name, leaf in leaves.items()}
 
     def write(self, name: str, where: tuple[Any, ...], values: np.ndarray) -> None:
-        """A slice of a leaf, cut where its chunks are."""
-        self.arrays[name][where].write(values).result()
+        """A slice of a leaf, cut where its chunks are. Raises OSError."""
+        try:
+            self.arrays[name][where].write(values).result()
+        except ValueError as error:
+            # TensorStore puts its own words around the system's number of the error.
+            if not (number := re.search(r"os_error_code='(\d+)'", str(error))):
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(self.data)) from error
 
     def commit(self, meta: Mapping[str, Any]) -> None:
         """Make the step one that counts, once every slice was written."""

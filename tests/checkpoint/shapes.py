@@ -85,8 +85,8 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mixtral": {
         "2 of 4": {**SIZES, "num_local_experts": 4},
-        "1 of 3, window": {
-            **{**SIZES, **WIDE, "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 6},
+        "2 of 3, window": {
+            **{**SIZES, **WIDE, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 6},
             "intermediate_size": 20,
         },
     },
