@@ -266,7 +266,7 @@ def _config(
     if config.positions != "learned":
         written["max_position_embeddings"] = settings.data.sequence_length
     if text is not None:
-        written |= {"eos_token_id": text.eos_id, "bos_token_id": text.eos_id}
+        written["eos_token_id"] = text.eos_id
     return written
 
 

@@ -9,13 +9,16 @@ import pytest
 from jaxlm.checkpoint import convert
 from jaxlm.checkpoint.__main__ import main
 from jaxlm.checkpoint.store import Store
+from jaxlm.config import mesh_spec
 from jaxlm.config.errors import UserError
 from jaxlm.config.load import load, read_file
 from jaxlm.config.schema import ModelConfig, RunConfig
 from jaxlm.generate.__main__ import main as generate
 from jaxlm.models import families
 from jaxlm.models.families.family import unlike
-from jaxlm.train import loop
+from jaxlm.parallel import mesh as meshes
+from jaxlm.train import loop, resume
+from jaxlm.train.assemble import assemble
 from tests.checkpoint.folders import tensors, write_model, write_tokenizer
 from tests.checkpoint.shapes import EVERY, FIRST, config_json
 
@@ -73,8 +76,8 @@ def test_rounding_is_said(tmp_path, capsys):
 
 
 def test_pieces_smaller_than_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlm.checkpoint.matching.PIECE_BYTES", 700)
-    for family, shape in (FIRST[0], FIRST[1], ("mixtral", "2 of 4")):
+    monkeypatch.setattr("jaxlm.checkpoint.matching.PIECE_BYTES", 2000)
+    for family, shape in (FIRST[0], FIRST[1]):
         folder = write_model(tmp_path / family / "model", config_json(family, shape))
         there(folder)
         assert tensors(back(folder)) == tensors(folder)
@@ -139,6 +142,21 @@ def test_an_import_generates_and_trains_on_a_mesh(tmp_path, capsys):
     with pytest.raises(UserError, match="holds a run with data.seed=0"):
         loop.run(load(RunConfig, [*options, "--data.seed=1"])[0])
     assert tensors(back(folder, "--step=3"))["lm_head.weight"][0] == "F32"
+
+
+def test_each_device_reads_its_part(tmp_path):
+    folder = write_model(tmp_path / "model", config_json("llama", "grouped"))
+    there(folder)
+    options = [f"--config={tmp_path / 'run' / 'config.yaml'}", "--mesh=fsdp2,tp2", "--data.sequence-length=32"]
+    config = load(RunConfig, options)[0]
+    assembly = assemble(config, meshes.build(mesh_spec.parse(config.mesh))[0], None)
+    with Store(tmp_path / "run" / "checkpoints") as store:
+        start = resume.begin(assembly, store, resume.choose(store, "must", print))
+    assert (start.step, start.position) == (0, 0) and int(start.state["step"]) == 0
+    kernel = start.state["params"]["blocks"]["mlp"]["up"]["kernel"]
+    assert [shard.data.nbytes * 4 for shard in kernel.addressable_shards] == [kernel.nbytes] * 4
+    theirs = np.frombuffer(tensors(folder)["model.layers.1.mlp.up_proj.weight"][2], np.float32).reshape(52, 48)
+    assert (np.asarray(kernel[1]) == theirs.T).all()
 
 
 def test_an_imported_model_is_not_changed_by_a_key(tmp_path):

@@ -4,13 +4,18 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxlm.checkpoint import safetensors
 from jaxlm.checkpoint.__main__ import main
 from jaxlm.config import cli
+from jaxlm.config.errors import UserError
 from tests.checkpoint.folders import tensors, write_model, write_tokenizer
 from tests.checkpoint.shapes import FIRST, config_json
 
@@ -184,6 +189,24 @@ def test_an_empty_file(model, capsys):
     (model / INDEX).unlink()
     (model / safetensors.SINGLE).write_bytes(b"")
     refused(model, capsys, "its header would have")
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 40))
+def test_a_damaged_file_is_a_line(changes, cut):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, safetensors.SINGLE)
+        write(path, {"a": entry(0, 16, [2, 2]), "b": entry(16, 64, [12])})
+        content = bytearray(path.read_bytes())
+        for place, byte in changes:
+            content[place % len(content)] = byte
+        path.write_bytes(content[: len(content) - cut])
+        try:
+            held = safetensors.open_folder(Path(folder))
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert sum(safetensors._bytes(tensor) for tensor in held.values()) <= 64
 
 
 def rewritten(model, change):

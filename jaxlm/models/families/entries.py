@@ -146,18 +146,19 @@ class RopeOfTwo:
         }
 
 
+ORIGINAL = "original_max_position_embeddings"
 STRETCHES: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": REQUIRED},
     "llama3": {
         "factor": REQUIRED,
-        "original_max_position_embeddings": REQUIRED,
+        ORIGINAL: REQUIRED,
         "low_freq_factor": REQUIRED,
         "high_freq_factor": REQUIRED,
     },
     "yarn": {
         "factor": REQUIRED,
-        "original_max_position_embeddings": "max_position_embeddings",
+        ORIGINAL: "max_position_embeddings",
         "beta_slow": 1.0,
         "beta_fast": 32.0,
     },
@@ -174,23 +175,23 @@ def stretch(json: Json, given: Mapping[str, Any]) -> dict[str, Any]:
     theta = rest.pop("rope_theta")
     if rest.pop("partial_rotary_factor", 1.0) != 1.0:
         raise json.refuse("rope_parameters", "turns a part of each head, and we turn the whole")
-    if kind not in STRETCHES:
+    if not isinstance(kind, str) or kind not in STRETCHES:
         raise json.refuse("rope_scaling", f"is of kind {shown(kind)}; we have {' '.join(STRETCHES)}")
     values = []
     for name, default in STRETCHES[kind].items():
         value = rest.pop(name, json.take(default, None) if isinstance(default, str) else default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise json.refuse("rope_scaling", f"lacks a number {name}")
-        values.append(value)
+        values.append(checked(json, name, int if name == ORIGINAL else float, value))
     for name, value in rest.items():
         if (name, value) != ("truncate", True):
             raise json.refuse("rope_scaling", f"holds {shown(name)}={shown(value)}, which we do not know of {kind}")
     ours = {"rope_theta": checked(json, "rope_theta", float, theta)}
     if not values or values[0] == 1:
         return ours
-    ours |= {"rope_scaling": kind, "rope_factor": float(values[0])}
+    ours |= {"rope_scaling": kind, "rope_factor": values[0]}
     if len(values) > 1:
-        ours |= {"rope_original_length": int(values[1]), "rope_frequencies": (float(values[2]), float(values[3]))}
+        ours |= {"rope_original_length": values[1], "rope_frequencies": (values[2], values[3])}
     return ours
 
 

@@ -38,7 +38,7 @@ FAMILY = Family(
         Biases(),
         QueryScale(),
         Rope(),
-        LayerTypes(lambda i, period: (i + 1) % period != 0, "sliding_window_pattern", 2),
+        LayerTypes(lambda i, period: period > 0 and (i + 1) % period > 0, "sliding_window_pattern", 2),
     ),
     rows=(*ENDS, *ATTENTION, *MLP, *NORMS_AROUND),
     only={},

@@ -38,7 +38,7 @@ FAMILY = Family(
         Activation("hidden_activation", preferred="gelu_pytorch_tanh", default="gelu_pytorch_tanh"),
         Biases(),
         QueryScale(),
-        LayerTypes(lambda i, period: (i + 1) % period != 0, "sliding_window_pattern", 6),
+        LayerTypes(lambda i, period: period > 0 and (i + 1) % period > 0, "sliding_window_pattern", 6),
         RopeOfTwo(),
     ),
     rows=(*ENDS, *ATTENTION, *MLP, *NORMS_AROUND),
