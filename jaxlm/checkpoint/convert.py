@@ -135,7 +135,7 @@ def export(run: Path, to: Path, step: int, dtype: str | None, say: Say) -> None:
         written = safetensors.Writer(work, {match.name: match.shape for match in found}, DTYPES[chosen])
         for row, group in itertools.groupby(found, key=lambda match: match.row):
             for match in group:
-                _empty(written, match, reader)
+                _empty(written, match, reader, np.dtype(held).itemsize)
             for name in row.ours:
                 reader.close(f"params.{name}")
         written.flush()
@@ -169,7 +169,7 @@ def _names(family: Family, found: list[Match], stored: dict[str, safetensors.Sto
             raise UserError(f"tensor {names[match.name]} is {here}; config.json asks for {list(match.shape)} of floats")
     for name in sorted(stored.keys() - set(names.values())):
         if tied and name == "lm_head.weight":
-            _check_same(stored[name], stored[names[found[0].name]])
+            _check_same(stored[name], stored[names[found[0].name]])  # a family's first row is its embedding
         elif not name.endswith(family.buffers):
             raise UserError(f"tensor {shown(name)} of the files is none of {family.name}: what it is for is not known")
     return names
@@ -199,10 +199,10 @@ def _fill(writer: SliceWriter, match: Match, tensor: safetensors.Stored, dtype: 
             writer.write(f"params.{name}", (*match.at, *piece.where), part)
 
 
-def _empty(writer: safetensors.Writer, match: Match, reader: SliceReader) -> None:
-    """Our parameters into one tensor of theirs."""
+def _empty(writer: safetensors.Writer, match: Match, reader: SliceReader, itemsize: int) -> None:
+    """Our parameters, stored in elements of `itemsize` bytes, into one tensor of theirs."""
     names = [f"params.{name}" for name in match.row.ours]
-    for piece in match.pieces(4):
+    for piece in match.pieces(itemsize):
         parts = [reader.read(name, match.at, piece.where) for name in names]
         writer.write(match.name, piece.first, match.to_theirs(parts, piece))
 

@@ -42,7 +42,7 @@ MAY_CHANGE = (
 IMPORTED = "huggingface"
 """In the run folder of a model that was imported: its config.json and the tokenizer's files, as they came."""
 BEGUN = "events.jsonl"
-"""In the run folder of a run that has begun."""
+"""In the run folder: not empty once the run has begun."""
 
 MAX_RECIPE_BYTES = 1_000_000
 RECIPES = Path(__file__).parents[2] / "configs"
@@ -126,7 +126,8 @@ def check_run_folder(config: RunConfig, announce: Callable[[str], None] = lambda
         held = read_file(RunConfig, folder / "config.yaml")
     except UserError as error:
         raise UserError(f"the run in {folder} cannot be continued: {error}; use another --run") from None
-    imported = (folder / IMPORTED).is_dir() and not (folder / BEGUN).exists()
+    begun = (folder / BEGUN).exists() and (folder / BEGUN).stat().st_size > 0
+    imported = (folder / IMPORTED).is_dir() and not begun
     for key, old, new in differences(held, config):
         if imported and not key.startswith("model."):
             continue  # an import says what the model is, and nothing yet of its training

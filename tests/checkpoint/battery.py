@@ -5,6 +5,7 @@ to anybody: `save_pretrained`, `jaxlm.checkpoint import`.
 """
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jaxlm.checkpoint.__main__ import main
 from jaxlm.checkpoint.matching import flat, matches
 from jaxlm.checkpoint.store import Store
 from jaxlm.config import mesh_spec
-from jaxlm.config.load import read_file
+from jaxlm.config.load import IMPORTED, read_file
 from jaxlm.config.schema import OptimizerConfig, RunConfig
 from jaxlm.generate.decode import generate
 from jaxlm.models import families
@@ -113,11 +114,8 @@ class Pair:
     def greedy(self) -> dict[str, Any]:
         """Prompts that transformers continues from our export as we do, token for token, left-padded together."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        to = self.folder / "export"
-        assert main(["export", f"--run={self.run}", f"--to={to}"]) == 0
-        loaded = AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32, attn_implementation="eager").eval()
+        loaded = self._exported("export")
         rng = np.random.default_rng(1)
         prompts = [rng.integers(2, self.model.vocabulary, n).tolist() for n in rng.integers(1, 24, PROMPTS)]
         longest = max(map(len, prompts))
@@ -129,6 +127,25 @@ class Pair:
         ours = generate(self.model, self.params, self.runtime, prompts, max_new_tokens=NEW_TOKENS)
         same = sum(a == b for a, b in zip(ours, theirs, strict=True))
         return {"prompts": PROMPTS, "same_prompts": same, "different_words": len({tuple(row) for row in ours})}
+
+    def as_our_own(self) -> dict[str, Any]:
+        """The same of an export whose config.json we write, as of a run that did not come from Hugging Face."""
+        import torch
+
+        shutil.rmtree(self.run / IMPORTED)
+        loaded = self._exported("own")
+        ids = torch.tensor(self.batch["tokens"]).long()
+        with torch.no_grad():
+            difference = (loaded(ids).logits - self.theirs(ids).logits).abs().max().item()
+        return {"own_config": difference, "own_family": loaded.config.model_type}
+
+    def _exported(self, name: str) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        to = self.folder / name
+        assert main(["export", f"--run={self.run}", f"--to={to}"]) == 0
+        return AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32, attn_implementation="eager").eval()
 
     @property
     def _without_gradient(self) -> tuple[str, ...]:

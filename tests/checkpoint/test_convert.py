@@ -117,18 +117,36 @@ def test_a_tokenizer_of_another_model(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("tokenizer.json", "{}", "it has no model"),
+        ("tokenizer.json", '{"model": {}}', "is no tokenizer.json that tokenizers reads"),
+        ("tokenizer_config.json", '{"eos_token": "<none>"}', "has no token '<none>'"),
+        ("tokenizer_config.json", "[]", "is not a JSON object"),
+    ],
+)
+def test_a_tokenizer_that_is_none(name, content, message, tmp_path):
+    folder = write_tokenizer(write_model(tmp_path / "model", config_json(*FIRST[1])))
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        there(folder)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_import_generates_and_trains_on_a_mesh(tmp_path, capsys):
     folder = write_tokenizer(write_model(tmp_path / "model", config_json("llama", "grouped"), "BF16"))
     there(folder)
     run = tmp_path / "run"
     generate([f"--run={run}", "--prompt=def f", "--max-tokens=4", "--temperature=0"])
     assert "\ndef f" in capsys.readouterr().out
-    (tmp_path / "text.txt").write_text("the value of the other function\n\n" * 300)
+    (tmp_path / "text.txt").write_text("the value of the other function, and so on\n\n" * 300)
     options = [f"--config={run / 'config.yaml'}", f"--data.path={tmp_path / 'text.txt'}", f"--data.cache={tmp_path}"]
     options += ["--mesh=fsdp2,tp2", "--train.steps=2", "--data.sequence-length=32", "--eval.every=0"]
     options += ["--eval.sample-tokens=0", "--precision.params=float32", "--optimizer.learning-rate=1e-5"]
     config = load(RunConfig, options)[0]
     assert config.run == str(run)
+    (run / "events.jsonl").touch()  # as an attempt leaves it that failed before its first step
     loop.run(config)
     assert "beginning with the weights imported from llama, in bfloat16" in capsys.readouterr().out
     with Store(run / "checkpoints") as store:
@@ -170,7 +188,7 @@ def test_an_imported_model_is_not_changed_by_a_key(tmp_path):
 def test_a_run_of_our_own_becomes_a_model(tmp_path, capsys):
     options = ["--model.layers=1", "--model.embed=32", "--model.heads=2", "--model.mlp=40", "--data.vocabulary=300"]
     options += [f"--run={tmp_path / 'run'}", "--train.steps=1", f"--data.cache={tmp_path}", "--eval.every=0"]
-    (tmp_path / "text.txt").write_text("the value of the other function\n\n" * 300)
+    (tmp_path / "text.txt").write_text("the value of the other function, and so on\n\n" * 300)
     loop.run(load(RunConfig, [*options, f"--data.path={tmp_path / 'text.txt'}", "--eval.sample-tokens=0"])[0])
     to = back(tmp_path / "x")
     given = json.loads((to / "config.json").read_text())

@@ -24,6 +24,17 @@ def _conv(theirs: str, *ours: str, inputs: int = 1) -> tuple[Row, ...]:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """Of training alone: written, because transformers would take 0.1 for what is missing, and not taken over."""
+
+    def read(self, json: Json) -> dict[str, Any]:
+        return {}
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        return {"embd_pdrop": model.dropout, "resid_pdrop": model.dropout, "attn_pdrop": 0.0}
+
+
+@dataclass(frozen=True)
 class Width:
     """Of the feed-forward layer: 4 x embed where it is left open."""
 
@@ -44,6 +55,7 @@ FAMILY = Family(
         Key("embed", "n_embd"),
         Key("heads", "n_head"),
         Width(),
+        Dropout(),
         Key("vocabulary", "vocab_size"),
         Key("max_positions", "n_positions"),
         Key("norm_epsilon", "layer_norm_epsilon", 1e-5),
