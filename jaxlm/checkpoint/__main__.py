@@ -64,8 +64,7 @@ class Diff:
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """python -m jaxlm.checkpoint import: a model of Hugging Face (config.json, safetensors, tokenizer.json) into a new
-    run folder, to generate with or to train on."""
+    """python -m jaxlm.checkpoint import: a model of Hugging Face into a new run folder, to generate and to train."""
 
     from_: str
     """Folder of the model."""

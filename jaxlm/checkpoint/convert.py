@@ -78,6 +78,7 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
     came = dtypes.pop() if len(dtypes) == 1 else dtype
     meta = {"step": 0, "position": 0, "seen_tokens": 0, "mesh": mesh, "config": dump(settings)}
     meta["imported"] = {"family": family.name, "dtype": dtype, "came": came}
+    _make(run / "checkpoints", f"--run={shown(str(run))}")
     try:
         writer = SliceWriter((run / "checkpoints").absolute(), 0, leaves(found, model, dtype))
         for match in found:
@@ -129,7 +130,7 @@ def export(run: Path, to: Path, step: int, dtype: str | None, say: Say) -> None:
     chosen = dtype or came or held
     if chosen not in (held, came) and (chosen, held) != ("float32", "bfloat16"):
         say(f"tensors are rounded from {held} to {chosen} (--dtype)")
-    to.parent.mkdir(parents=True, exist_ok=True)
+    _make(to.parent, f"--to={shown(str(to))}")
     work = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:
         written = safetensors.Writer(work, {match.name: match.shape for match in found}, DTYPES[chosen])
@@ -154,6 +155,13 @@ def export(run: Path, to: Path, step: int, dtype: str | None, say: Say) -> None:
         shutil.rmtree(work, ignore_errors=True)
         raise
     say(f"{family.name}: {len(found)} tensors in {chosen}, step {step} of {run} -> {to}")
+
+
+def _make(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} cannot be made: {error.strerror}; name a folder elsewhere") from None
 
 
 def _names(family: Family, found: list[Match], stored: dict[str, safetensors.Stored], *, tied: bool) -> dict[str, str]:

@@ -252,6 +252,10 @@ def test_nothing_is_overwritten(tmp_path):
     back(folder)
     with pytest.raises(UserError, match="holds something already; name a new folder"):
         back(folder)
+    with pytest.raises(UserError, match="--run='/proc/run' cannot be made: No such file"):
+        there(folder, "--run=/proc/run")
+    with pytest.raises(UserError, match="--to='/proc/x/y' cannot be made: No such file"):
+        main(["export", f"--run={tmp_path / 'run'}", "--to=/proc/x/y"])
     with pytest.raises(UserError, match="no such folder; download the model first"):
         there(tmp_path / "nowhere")
 

@@ -37,6 +37,7 @@ def test_config_of_our_own(family, shape, tmp_path):
     assert found["own_config"] == 0, found
 
 
+@pytest.mark.slow
 def test_tokenizer_of_our_own(tmp_path):
     """The files beside a run that did not come from Hugging Face: transformers reads text as we do."""
     from transformers import AutoTokenizer
