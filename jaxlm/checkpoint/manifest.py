@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxlm.config import faultpoints
 from jaxlm.config.files import flush_folder, write_atomically
 
 MANIFEST = "manifest.json"
@@ -114,6 +115,7 @@ def total_bytes(folder: Path, step: int) -> int:
 def delete(folder: Path, step: int) -> None:
     """Remove a step: first what makes it count, so that a kill half-way leaves it incomplete, not damaged."""
     (folder / str(step) / MANIFEST).unlink(missing_ok=True)
+    faultpoints.point("retention")
     shutil.rmtree(folder / str(step))
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlm.checkpoint import manifest, provenance
+from jaxlm.config import faultpoints
 from jaxlm.config.cli import FULL
 from jaxlm.config.errors import CommandError, UserError
 from jaxlm.config.files import write_atomically
@@ -124,17 +125,24 @@ class Store:
         """Committed steps, ascending; their files are not looked at."""
         return manifest.steps(self.folder)
 
-    def latest_valid(self, announce: Callable[[str], None]) -> int | None:
-        """The newest step every file of which has its SHA-256; None if there is none.
+    def latest_valid(self, announce: Callable[[str], None], before: int | None = None) -> int | None:
+        """The newest step (of those before `before`) every file of which has its SHA-256; None if there is none.
 
         `announce` gets one line for each newer step that is damaged or incomplete, and one for the choice made then.
         """
         chosen = -1
         if jax.process_index() == 0:
-            chosen = self._choose(announce)
+            chosen = self._choose(announce, before)
         if jax.process_count() > 1:
             chosen = int(multihost_utils.broadcast_one_to_all(np.int64(chosen)))
         return None if chosen < 0 else chosen
+
+    def forget_after(self, step: int) -> None:
+        """Delete the steps after `step`: the run went another way from there."""
+        if jax.process_index() == 0:
+            for other in (*self.steps(), *manifest.incomplete(self.folder)):
+                if other > step:
+                    manifest.delete(self.folder, other)
 
     def verify(self, step: int) -> str | None:
         """What is wrong with `step`, in one line; None if every file has its SHA-256."""
@@ -190,11 +198,15 @@ class Store:
 
     def _finish(self, step: int, number: int, wait: Callable[[], None], text: str) -> None:
         """In the background: wait for Orbax, then commit the step and delete what retention does not keep."""
+        faultpoints.point("array-write")
         wait()
         if jax.process_index() != 0:
             return
+        faultpoints.point("data-state")
         write_atomically(manifest.save_folder(self.folder, step, number) / manifest.META, text)
+        faultpoints.point("before-commit")
         manifest.commit(self.folder, step, number)
+        faultpoints.point("after-commit")
         self._damaged.discard(step)
         manifest.delete_leftovers(self.folder, step, number)
         for other in (*self._expired(), *manifest.incomplete(self.folder)):
@@ -206,8 +218,11 @@ class Store:
         old = sound[: -self.keep] if self.keep else []
         return [step for step in old if not (self.keep_every and step % self.keep_every == 0)]
 
-    def _choose(self, announce: Callable[[str], None]) -> int:
-        committed, unfinished = self.steps(), manifest.incomplete(self.folder)
+    def _choose(self, announce: Callable[[str], None], before: int | None) -> int:
+        committed, unfinished = (
+            [step for step in steps if before is None or step < before]
+            for steps in (self.steps(), manifest.incomplete(self.folder))
+        )
         chosen = -1
         for step in reversed(committed):
             problem = self.verify(step)

@@ -22,7 +22,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("model.layers", "model.embed", "model.heads", "model.kv_heads", "model.head_size", "model.mlp"),
             *("model.vocabulary", "model.max_positions", "model.rope_factor", "model.rope_original_length"),
-            *("data.sequence_length", "data.batch_size", "data.prefetch"),
+            *("data.sequence_length", "data.batch_size"),
             *("model.experts_per_token", "pipeline.microbatches", "pipeline.chunks"),
             *("train.steps", "train.log_every", "train.microbatches", "train.max_skipped", "eval.batches"),
         ),
@@ -35,7 +35,14 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             *("model.balance_rate", "model.router_z_loss"),
             *("model.windows", "data.seed", "train.seed", "optimizer.learning_rate", "optimizer.warmup_steps"),
             *("optimizer.weight_decay", "optimizer.clip_norm", "train.z_loss", "train.loss_chunk"),
-            *("checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "eval.every", "eval.sample_tokens"),
+            *(
+                "checkpoint.every",
+                "checkpoint.keep",
+                "checkpoint.keep_every",
+                "eval.every",
+                "eval.sample_tokens",
+                "train.max_rewinds",
+            ),
         ),
     ),
     "more than 0": (

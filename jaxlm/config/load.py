@@ -32,9 +32,10 @@ FLAGS = {
 
 MAY_CHANGE = (
     *("mesh", "simulate", "distributed", "run", "resume", "attention", "remat"),
-    *("data.batch_size", "data.cache", "data.prefetch"),
+    *("data.batch_size", "data.cache"),
     *("optimizer.shard", "optimizer.learning_rate", "optimizer.clip_norm"),
-    *("train.steps", "train.log_every", "train.microbatches", "train.loss_chunk", "train.max_skipped"),
+    *("train.steps", "train.log_every", "train.microbatches", "train.loss_chunk"),
+    *("train.max_skipped", "train.max_rewinds"),
     *("pipeline.", "context.", "checkpoint.", "eval.", "metrics.", "profile."),
 )
 """Keys (a final dot: whole sections) that may differ when a run continues; all others define what the run computes."""

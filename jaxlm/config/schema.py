@@ -147,8 +147,6 @@ class DataConfig:
     """Sequences of a global batch, over all devices and microbatches."""
     seed: int = 0
     """Seed of the sample order; each epoch has its own order."""
-    prefetch: int = 2
-    """Batches prepared ahead of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +198,10 @@ class TrainConfig:
     loss_chunk: int = 8192
     """Vocabulary entries whose logits exist at a time; 0 computes all at once."""
     max_skipped: int = 20
-    """Consecutive non-finite steps that are skipped before the run stops (exit code 3)."""
+    """Bad steps in a row (not finite, or a loss of twice the median of the last 100) before the run goes back."""
+    max_rewinds: int = 2
+    """Times that a run goes back to a checkpoint before its bad steps and on with the data after them; then, or where
+    there is none, it stops (exit code 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)

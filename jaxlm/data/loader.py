@@ -31,6 +31,10 @@ Batch = dict[str, np.ndarray]
 """tokens, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]."""
 
 
+PREFETCH = 2
+"""Batches made ahead of the step."""
+
+
 class Loader:
     """The samples of a split in the order of training. Holds no state: every method is a pure function."""
 
@@ -128,7 +132,7 @@ def batches(
     position: int,
     batch_size: int,
     sharding_for: Callable[[str], Sharding],
-    prefetch: int = 2,
+    prefetch: int = PREFETCH,
     stop: int | None = None,
 ) -> Batches:
     """Global batches on the device, `prefetch` of them made ahead by a thread (0: made when asked for).

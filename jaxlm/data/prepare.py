@@ -29,6 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
+from jaxlm.config import faultpoints
 from jaxlm.config.errors import CommandError, UserError
 from jaxlm.config.files import write_atomically
 from jaxlm.data import sources, store
@@ -283,6 +284,7 @@ class _ShardWriter:
         ends[:, 0] = np.cumsum(table[:, 0]) + np.uint64(self._counts["tokens"])
         for kind, content in (("tokens", tokens.astype(self._dtype).tobytes()), ("documents", ends.tobytes())):
             self._files[kind].write(content)
+            faultpoints.point("tokenization")
             self._sha[kind].update(content)
         for key, count in (("tokens", len(tokens)), ("documents", len(table)), ("source_bytes", source_bytes)):
             self._counts[key] += count

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxlm.metrics.jsonl import JsonLines, repair
 
-Event = Literal["start", "resume", "save", "fault", "end"]
+Event = Literal["start", "resume", "save", "fault", "goodput", "end"]
 
 
 class Events:

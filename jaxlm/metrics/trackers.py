@@ -66,6 +66,14 @@ class Tracker:
         for sink in self._sinks:
             sink.log(step, group, known)
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step`: lines of later ones are set aside, as when it is continued."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        for name in FILES if self._write else ():
+            rewind(self._folder / name, step)
+
     def close(self) -> None:
         """Flush and close everything; harmless twice."""
         for file in self._files.values():

@@ -45,6 +45,10 @@ class LayerCache(NamedTuple):
         )
 
 
+OWN, WHOLE = (("batch", length, None, None) for length in ("residual", "sequence"))
+"""Keys and values that `model` does not cut by heads: as computed of each device's own tokens, and as attended to."""
+
+
 class Attention(nnx.Module):
     """Multi-head, grouped-query (Ainslie et al. 2023) or multi-query self-attention."""
 
@@ -86,7 +90,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config, layout = self.config, runtime.layout
-        q, k, v = runtime.project(lambda x_BTD: self._project(x_BTD, runtime), x_BTD)
+        q, k, v = self._project(x_BTD, runtime)
         if config.qk_norm == "head":
             q, k = self.query_norm(q, runtime), self.key_norm(k, runtime)
         elif config.qk_norm == "projection":
@@ -112,13 +116,14 @@ class Attention(nnx.Module):
             mesh=layout.mesh,
             context=runtime.context,
         )
-        return runtime.scatter_sequence(self.output(o_BTNH, runtime)), cache
+        return self.output(o_BTNH, runtime), cache
 
     def _project(self, x_BTD: jax.Array, runtime: Runtime) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H]."""
         layout, parts = runtime.layout, (self.query, self.key, self.value)
         if layout.axis_size("kv_heads") == 1:
-            q, k, v = (part(x_BTD, runtime) for part in parts)
+            q = runtime.project(lambda x: self.query(x, runtime), x_BTD)
+            k, v = (layout.relay(part(x_BTD, runtime), OWN, WHOLE) for part in parts[1:])
         else:
             # One product, each kv head's queries beside its key and value: the backward then sums the gradient of x
             # over the devices of tp once, not three times.
@@ -130,11 +135,15 @@ class Attention(nnx.Module):
                 return jnp.concatenate([a.reshape(*lead, kv, -1, size) for a in arrays], axis=-2)
 
             biases = [part.use_bias(runtime) for part in parts]
-            y = affine(
+            y = runtime.project(
+                lambda x: affine(
+                    x,
+                    lambda: joined([part.use_kernel(runtime) for part in parts]),
+                    None if biases[0] is None else joined([bias for bias in biases if bias is not None]),
+                    runtime,
+                    cut="outputs",
+                ),
                 x_BTD,
-                lambda: joined([part.use_kernel(runtime) for part in parts]),
-                None if biases[0] is None else joined([bias for bias in biases if bias is not None]),
-                runtime,
             )
             y = layout.constrain(y, "batch", "sequence", "kv_heads", None, None)
             q, k, v = jnp.split(y, (group, group + 1), axis=-2)  # whose backward joins, where slices would pad and add

@@ -18,6 +18,8 @@ from jaxlm.models.layers import Linear, Noise, Norm, dropout, normal, parameter
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.models.stack import run_chunk, run_stack
+from jaxlm.parallel.rules import axes_of
+from jaxlm.parallel.sequence import COPIES, PARTS
 
 Cache = dict[str, Any]
 """k, v [L, B, S, K, H]; positions, segments [B, S] (segment -1: empty); length, the slots used."""
@@ -32,31 +34,30 @@ class Embedding(nnx.Module):
     def __call__(self, rows_BT: Int[Array, "B T"], runtime: Runtime) -> Float[Array, "B T D"]:
         table_RD, layout = runtime.use(self.embedding), runtime.layout
         cut = layout.axes(self.embedding.get_metadata()["dims"][0])
-        if not layout.manual or not cut:
-            # Of all tokens first: asked for those of one device, the partitioner would gather the whole table instead.
-            return runtime.scatter_sequence(table_RD[rows_BT])
-        # Within a shard_map that left `tp` automatic, XLA aborts on a gather along a dim cut by it (in all versions so
-        # far). By hand: each device looks up the rows it has, and the others' are zeros (Megatron-LM).
-        total = jnp.float32 if runtime.platform == "cpu" else table_RD.dtype  # XLA:CPU aborts on a sum of bfloat16
-        parted = set(cut) & set(layout.axes("residual"))  # then each device wants the sums of its own tokens alone
+        if not cut:
+            return layout.relay(table_RD[rows_BT], ("batch", "sequence", None), PARTS)
+        # By hand: each device looks up the rows it has for its own tokens; the others' are zeros (Megatron-LM). Left to
+        # XLA, each device makes the gradient of the table from all tokens, and within another shard_map XLA aborts on a
+        # gather along a dim that an automatic axis cuts (in all versions so far).
+        narrow = table_RD.dtype
+        if runtime.platform == "cpu":
+            table_RD = table_RD.astype(jnp.float32)  # XLA:CPU aborts on a sum of bfloat16, such as the table's gradient
 
         def local(table_RD: jax.Array, rows_BT: jax.Array) -> jax.Array:
             own_BT = rows_BT - jax.lax.axis_index(cut) * table_RD.shape[0]
             has_BT = (own_BT >= 0) & (own_BT < table_RD.shape[0])
-            x_BTD = jnp.where(has_BT[..., None], table_RD[jnp.where(has_BT, own_BT, 0)], 0)
-            x_BTD, dtype = x_BTD.astype(total), x_BTD.dtype
-            if parted:
-                return jax.lax.psum_scatter(x_BTD, cut, scatter_dimension=1, tiled=True).astype(dtype)
-            return jax.lax.psum(x_BTD, cut).astype(dtype)
+            return jnp.where(has_BT[..., None], table_RD[jnp.where(has_BT, own_BT, 0)], 0)[:, :, None].astype(narrow)
 
-        return jax.shard_map(
+        tokens, copies = layout.spec(("batch", "sequence")), layout.spec(COPIES)
+        x_BTSD = jax.shard_map(
             local,
-            mesh=jax.sharding.get_abstract_mesh(),
-            in_specs=(PartitionSpec(cut), PartitionSpec()),
-            out_specs=PartitionSpec(None, cut) if parted else PartitionSpec(),
-            axis_names=frozenset(cut),
+            mesh=jax.sharding.get_abstract_mesh() if layout.manual else layout.mesh,
+            in_specs=(PartitionSpec(cut), tokens),
+            out_specs=copies,
+            axis_names=frozenset(axis for dim in range(len(copies)) for axis in axes_of(copies, dim)),
             check_vma=False,
         )(table_RD, rows_BT)
+        return runtime.summed(x_BTSD)
 
 
 class Decoder(nnx.Module):
@@ -118,7 +119,7 @@ class Decoder(nnx.Module):
 
     def finish(self, x_BTD: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
         """The final norm of what the last block wrote."""
-        return runtime.gather_sequence(self.final_norm(x_BTD, runtime))
+        return self.final_norm(x_BTD, runtime)
 
     def run_chunk(
         self,

@@ -22,6 +22,7 @@ from jaxlm.models.layers import Linear, Mlp, activate, normal, parameter, zeros
 from jaxlm.models.router import Load, measure, route, within_capacity
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel.rules import Dims, Layout
+from jaxlm.parallel.sequence import gathered, scattered
 
 
 class Bank(nnx.Module):
@@ -68,9 +69,8 @@ class Experts(nnx.Module):
         dims: dict[str, Dims] = {name: p.get_metadata()["dims"] for name, p in parameters.items()}
         values = {name: runtime.own(p) for name, p in parameters.items()}
         inner = replace(runtime, pick=None, layout=replace(layout, manual=frozenset(layout.mesh.axis_names)))
-        run = partial(self._on_device, dims=dims, runtime=inner, drop=drop)
-        y_BTD, loads = _on_devices(run, layout, dims)(runtime.gather_sequence(x_BTD), segments_BT, values)
-        y_BTD = runtime.scatter_sequence(y_BTD)
+        run = partial(self._on_device, dims=dims, runtime=inner, drop=drop, parted=runtime.cuts_residual)
+        y_BTD, loads = _on_devices(run, layout, dims)(x_BTD, segments_BT, values)
         if self.shared is not None:
             y_BTD += self.shared(x_BTD, runtime)
         return y_BTD, jax.tree.map(lambda parts: parts.sum(axis=0), loads)
@@ -92,10 +92,18 @@ class Experts(nnx.Module):
         dims: dict[str, Dims],
         runtime: Runtime,
         drop: bool,
+        parted: bool,
     ) -> tuple[jax.Array, Load]:
-        """This device's tokens through the experts, wherever they are, and its part of the load as [1, ...]."""
+        """This device's tokens through the experts, wherever they are, and its part of the load as [1, ...].
+
+        Args:
+            parted: whether the devices along `model`, which all work on the same tokens, have and want a part of them.
+        """
         config, layout = self.config, runtime.layout
-        (batch, length, embed), cut = x_BTD.shape, layout.manual_axes("mlp")
+        cut = layout.manual_axes("mlp")
+        if parted:
+            x_BTD = gathered(x_BTD)
+        batch, length, embed = x_BTD.shape
         real_BT, x_ND = segments_BT != 0, x_BTD.reshape(-1, embed)
         kernel_DE = runtime.whole(values["router"], dims["router"], jnp.float32)
         bias_E = values.get("routing_bias")
@@ -126,8 +134,12 @@ class Experts(nnx.Module):
             experts=config.experts,
             axis=axes[0] if axes else None,
         )
-        y_ND = _sum_over(cut, y_ND) if cut else y_ND
-        return y_ND.reshape(x_BTD.shape), jax.tree.map(lambda part: part[None], load)
+        y_BTD = y_ND.reshape(x_BTD.shape)
+        if parted:
+            y_BTD = scattered(y_BTD, runtime.platform)
+        elif cut:
+            y_BTD = _sum_over(cut, y_BTD)
+        return y_BTD, jax.tree.map(lambda part: part[None], load)
 
 
 def _on_devices(run, layout: Layout, dims: dict[str, Dims]):
@@ -142,13 +154,13 @@ def _on_devices(run, layout: Layout, dims: dict[str, Dims]):
         first, *rest = (layout.axes(dim) for dim in of)
         return PartitionSpec((*first, *alone), *rest)
 
-    tokens = spec("batch", "sequence")
+    tokens, stream = spec("batch", "sequence"), spec("batch", "residual")
     parts = PartitionSpec((*layout.axes("batch"), *layout.axes("sequence"), *alone))
     return jax.shard_map(
         run,
         mesh=jax.sharding.get_abstract_mesh() if layout.manual else layout.mesh,
-        in_specs=(tokens, tokens, {name: spec(*of) for name, of in dims.items()}),
-        out_specs=(tokens, parts),
+        in_specs=(stream, tokens, {name: spec(*of) for name, of in dims.items()}),
+        out_specs=(stream, parts),
         axis_names=frozenset(free),
         check_vma=False,
     )

@@ -6,7 +6,7 @@ Legend: B batch, T length, D embed, F mlp, N query heads, K kv heads, H head siz
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxlm.config.schema import ModelConfig
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel.rules import Dims
 
+Side = Literal["inputs", "outputs"]
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 zeros: Initializer = jax.nn.initializers.zeros
@@ -38,7 +39,11 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """An affine map from the first `inputs` dims of its kernel to the rest."""
+    """An affine map from the first `inputs` dims of its kernel to the rest.
+
+    Where `model` cuts the rest it reads what `Runtime.copies` gives, and where it cuts the inputs the residual stream
+    comes out, summed (Megatron-LM's column and row parallel layers).
+    """
 
     def __init__(self, rngs, shape, dims, *, inputs: int = 1, bias: bool, std: float, learn_bias: bool = True):
         self.inputs, self.learn_bias = inputs, learn_bias
@@ -46,7 +51,9 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, shape[inputs:], dims[inputs:], zeros) if bias else None
 
     def __call__(self, x: Float[Array, "..."], runtime: Runtime) -> Float[Array, "..."]:
-        return affine(x, lambda: self.use_kernel(runtime), self.use_bias(runtime), runtime, self.inputs)
+        inwards, outwards = (self.kernel.get_metadata()["dims"][at] for at in (0, self.inputs))
+        cut: Side | None = "inputs" if runtime.cuts(inwards) else "outputs" if runtime.cuts(outwards) else None
+        return affine(x, lambda: self.use_kernel(runtime), self.use_bias(runtime), runtime, self.inputs, cut)
 
     def use_kernel(self, runtime: Runtime) -> jax.Array:
         return runtime.use(self.kernel)
@@ -64,8 +71,12 @@ def affine(
     bias: Float[Array, "..."] | None,
     runtime: Runtime,
     inputs: int = 1,
+    cut: Side | None = None,
 ) -> Float[Array, "..."]:
     """Contract the last `inputs` dims of `x` with the first of the kernel, and add the bias.
+
+    `cut` names the side of the kernel that `model` cuts. Under sequence parallelism `x` then comes as copies
+    [..., S, D] ("outputs"), or the result is summed over the devices as it becomes the residual stream ("inputs").
 
     `x.reshape(-1, in) @ kernel.reshape(in, out)`: as a plain 2-D matmul its weight gradient is one too, which XLA:CPU
     runs faster than the einsum over batch and length. A cut sequence stays a dim of its own, because a device's tokens
@@ -73,18 +84,29 @@ def affine(
     it again rather than keep it.
     """
     out = jax.eval_shape(make_kernel).shape[inputs:]
-    lead = x.shape[: x.ndim - inputs]
+    copied, partial_sums = (runtime.cuts_residual and cut == side for side in ("outputs", "inputs"))
+    lead = x.shape[: x.ndim - inputs - copied]
     rows = lead if runtime.layout.axis_size("residual") > 1 else (math.prod(lead),)
+    width, shards = math.prod(x.shape[x.ndim - inputs :]), runtime.layout.axis_size("shards")
 
     def multiply(x: jax.Array) -> jax.Array:
-        kernel = make_kernel().reshape(x.shape[-1], -1)
+        kernel = make_kernel()
+        if copied:
+            y = jnp.einsum("...sd,dsf->...sf", x, kernel.reshape(width, shards, -1))
+            return y.reshape(*rows, -1)
+        if partial_sums:
+            return jnp.einsum(
+                "...sf,sfd->...sd", x.reshape(*rows, shards, -1), kernel.reshape(shards, width // shards, -1)
+            )
+        kernel = kernel.reshape(width, -1)
         tall = runtime.platform == "cpu" and kernel.shape[0] > kernel.shape[1] and len(rows) == 1
         return _tall_matmul(x, kernel) if tall else x @ kernel
 
     if runtime.remat == "none" and runtime.copies_weights:
         # Without a policy around the block all would be kept for the backward, whole or cast copies of weights too.
         multiply = jax.checkpoint(multiply, prevent_cse=False)
-    y = multiply(x.reshape(*rows, -1))
+    y = multiply(x if copied else x.reshape(*rows, -1))
+    y = runtime.summed(y) if partial_sums else y
     return (y if bias is None else y + bias.reshape(*[1] * len(rows), -1)).reshape(*lead, *out)
 
 
@@ -202,7 +224,7 @@ class Mlp(nnx.Module):
         first = [layer for layer in (self.gate, self.up) if layer is not None]
         hidden = runtime.project(lambda x: [layer(x, runtime) for layer in first], x)
         h = activate(self.activation, hidden[0], hidden[1] if self.gate is not None else None)
-        return runtime.scatter_sequence(self.down(h, runtime))
+        return self.down(h, runtime)
 
 
 @partial(jax.checkpoint, static_argnums=0, prevent_cse=False)  # the backward needs only the matmuls' results

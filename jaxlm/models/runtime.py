@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxlm.config.schema import PrecisionConfig
 from jaxlm.parallel.rules import Dims, Layout, across
+from jaxlm.parallel.sequence import gather_copies, sum_scatter
 from jaxlm.parallel.zigzag import zigzag
 
 Tree = Any
@@ -57,28 +58,30 @@ class Runtime:
         return batch if self.context == "ulysses" else zigzag(batch, self.layout)
 
     def project(self, run: Callable[[jax.Array], Tree], x: jax.Array) -> Tree:
-        """`run`, matmuls over `model`, of the residual stream x [B, T, D] gathered: the backward gathers it again."""
+        """`run`, matmuls over `model`, of `copies` of the residual stream [B, T, D]: the backward makes them again."""
 
-        def gathered(x: jax.Array) -> Tree:
-            return run(self.gather_sequence(x))
+        def of_copies(x: jax.Array) -> Tree:
+            return run(self.copies(x))
 
         # A matmul's backward does not need its result, so nothing is computed again but the gather.
-        again = self._cuts_residual and self.remat == "none"
-        return jax.checkpoint(gathered, prevent_cse=False)(x) if again else gathered(x)
+        again = self.cuts_residual and self.remat == "none"
+        return jax.checkpoint(of_copies, prevent_cse=False)(x) if again else of_copies(x)
 
-    def gather_sequence(self, x: jax.Array) -> jax.Array:
-        """The residual stream [B, T, D] with all its tokens on each device of `model`."""
-        return self._relay_sequence(x, "residual", "sequence")
+    def copies(self, x: jax.Array) -> jax.Array:
+        """The residual stream x [B, T, D] for what is cut over `model`: under sequence parallelism a copy for each of
+        its devices [B, T, S, D], otherwise x itself."""
+        return gather_copies(x, self.layout) if self.cuts_residual else x
 
-    def scatter_sequence(self, x: jax.Array) -> jax.Array:
-        """What matmuls over `model` write, summed and laid out as the residual stream."""
-        return self._relay_sequence(x, "sequence", "residual")
+    def summed(self, y: jax.Array) -> jax.Array:
+        """The residual stream [B, T, D] of what each device of `model` adds to it, [B, T, S, D]."""
+        return sum_scatter(y, self.layout) if self.cuts_residual else y.sum(axis=2)
 
-    def _relay_sequence(self, x: jax.Array, was: str, becomes: str) -> jax.Array:
-        return self.layout.relay(x, ("batch", was, None), ("batch", becomes, None)) if self._cuts_residual else x
+    def cuts(self, dim: str | None) -> bool:
+        """Whether `model` cuts `dim`."""
+        return "model" in self.layout.axes(dim)
 
     @property
-    def _cuts_residual(self) -> bool:
+    def cuts_residual(self) -> bool:
         """Sequence parallelism: `model` cuts the residual stream by sequence."""
         return self.layout.axes("residual") != self.layout.axes("sequence")
 

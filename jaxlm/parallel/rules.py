@@ -22,11 +22,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("model",),
     "mlp": ("model",),
     "vocab": ("model",),
+    "shards": ("model",),
     "layers": ("pipeline",),
     "experts": ("expert",),
 }
 """Logical dim -> the mesh axes it is split over. `embed` is of parameters: activations keep it whole. `residual` is the
-sequence between the blocks' halves, where norms and sums are: sequence parallelism cuts it over `model` too."""
+sequence between the blocks' halves, where norms and sums are: sequence parallelism cuts it over `model` too. `shards`
+has an entry for each device of `model`: its own copy of something, or what it adds to a sum."""
 
 FLAG = {mesh_axis: axis for axis, mesh_axis in AXES.items()}
 """Mesh axis -> its name on the command line."""

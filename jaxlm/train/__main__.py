@@ -1,4 +1,4 @@
-"""`python -m jaxlm.train`: train a language model."""
+"""`python -m jaxlm.train`: train a language model; `python -m jaxlm.train replay`: do steps of a run again."""
 
 import os
 from pathlib import Path
@@ -12,6 +12,11 @@ from jaxlm.config.schema import RunConfig
 
 def main(argv: list[str]) -> None:
     """Read the configuration, then train, or only explain what training would do."""
+    if argv[:1] == ["replay"]:
+        from jaxlm.train.replay import Replay, replay
+
+        replay(load(Replay, argv[1:])[0])
+        return
     config, flags = load(RunConfig, argv, ("print-config", "dry-run", "explain"))
     check(config, parse(config.mesh))  # before jax is imported: a mistake is answered at once
     if "print-config" in flags:

@@ -1,4 +1,4 @@
-"""What interrupts a run: signals that ask it to stop, and numbers that say it should."""
+"""What interrupts a run from outside: signals, and another run in its folder."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.config.errors import Diverged, UserError
+from jaxlm.config.errors import UserError
 
 
 class StopRequest:
@@ -41,15 +41,6 @@ class StopRequest:
             # Not print: the signal may have come in the middle of one.
             os.write(2, b"\nstopping: the step under way is finished and saved (Ctrl-C again: end at once)\n")
         self.signal = signal.Signals(number)
-
-
-def check_streak(streak: int, limit: int, step: int) -> None:
-    """Raise Diverged when `limit` steps in a row were not finite and so changed nothing."""
-    if streak >= limit:
-        raise Diverged(
-            f"loss or gradients were not finite in the last {streak} steps up to step {step}; they changed nothing; "
-            "the checkpoints are sound: lower --optimizer.learning-rate, or look at the data around that step"
-        )
 
 
 @contextmanager

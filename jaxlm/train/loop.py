@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.checkpoint.store import SaveFailed, Store
+from jaxlm.config import faultpoints
 from jaxlm.config.checks import check, profile_window
 from jaxlm.config.errors import Diverged, Preempted
 from jaxlm.config.files import write_atomically
@@ -21,20 +22,23 @@ from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
 from jaxlm.data.corpus import Corpora, open_corpora
 from jaxlm.data.loader import Loader, batches
+from jaxlm.metrics import goodput
 from jaxlm.metrics.events import Events
+from jaxlm.metrics.goodput import Goodput
 from jaxlm.metrics.jsonl import read
 from jaxlm.metrics.progress import Progress
 from jaxlm.metrics.trackers import Tracker
 from jaxlm.parallel import mesh as meshes
-from jaxlm.train import resume
+from jaxlm.train import forensics, resume
 from jaxlm.train.assemble import Assembly, assemble
 from jaxlm.train.beside import beside, import_later_needs
 from jaxlm.train.evaluate import Evaluator
-from jaxlm.train.faults import StopRequest, alone, check_streak
+from jaxlm.train.faults import StopRequest, alone
 from jaxlm.train.meter import Meter
 from jaxlm.train.sample import write_sample
 from jaxlm.train.state import State
 from jaxlm.train.step import Batch, Metrics
+from jaxlm.train.watch import BadNumbers, Watch
 
 Say = Callable[[str], None]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
@@ -102,10 +106,12 @@ class Run:
         self.assembly, self.config, self.corpora, self.loader = assembly, assembly.config, corpora, loader
         self.store, self.tracker, self.events, self.progress = store, tracker, events, progress
         self.folder, self.mesh = folder, mesh
-        self.meter = Meter(assembly)
+        self.meter, self.clock = Meter(assembly), Goodput()
+        self.furthest = max((line["step"] for line in read(folder / "metrics.superseded.jsonl")), default=0)
         self.position = self.seen_tokens = 0
         self.profiling = False
         self.failed_saves = 0
+        self.watch, self.rewinds, self.rewound_to = Watch(self.config.train.max_skipped), 0, 0
         self.evaluate: Evaluator | None = None
         if self.config.eval.every and not corpora.documents("validation"):
             progress.say("no evaluation: a corpus of one document (or copies of it) leaves nothing to hold out")
@@ -119,7 +125,8 @@ class Run:
         `compiling` will be the compiled step and the seconds that took; None where all steps are done.
         """
         config, progress = self.config, self.progress
-        state, self.position, self.seen_tokens = start.state, start.position, start.seen_tokens
+        state, step, self.position = start.state, start.step, start.position
+        self.seen_tokens, self.rewinds = start.seen_tokens, start.rewinds
         if start.step:
             progress.say(f"continuing from step {start.step}, {self.position:,} samples in, on mesh {self.mesh}")
         if compiling is None:
@@ -130,11 +137,18 @@ class Run:
             return
         if config.profile.steps and profile_window(config.profile.steps)[1] <= start.step:
             progress.say(f"--profile.steps={config.profile.steps} is over before step {start.step + 1}: no profile")
-        compiled, seconds = compiling.result()
+        with self.clock.within("compile"):
+            compiled, seconds = compiling.result()
         progress.say(f"compiled in {seconds:.1f} s; {self.meter.formula}")
         self._claim(start.step)
-        with StopRequest() as stop:
-            state = self._steps(compiled, state, start.step, stop)
+        with StopRequest() as stop, self._accounted():
+            while True:
+                try:
+                    state = self._steps(compiled, state, step, stop)
+                    break
+                except BadNumbers as error:
+                    bad = error.with_traceback(None)  # which would keep the state alive
+                state, step = self._rewind(bad)
             self._finish(state)
 
     def _claim(self, step: int) -> None:
@@ -146,6 +160,44 @@ class Run:
             self.corpora.tokenizer.save(self.folder / "tokenizer")
         self.events.record("resume" if step else "start", step=step, mesh=self.mesh)
 
+    def _rewind(self, bad: BadNumbers) -> tuple[State, int]:
+        """Go back to a checkpoint before the bad steps, and past their data (PaLM, https://arxiv.org/abs/2204.02311):
+        the state and step to go on with. Bad again at once, it goes further back."""
+        most, say = self.config.train.max_rewinds, self.progress.say
+        self.rewinds += 1
+        cure = "lower --optimizer.learning-rate, or look at the data around that step"
+        if self.rewinds > most:
+            raise self._diverged(bad, f"{bad}; it went back {most} times (--train.max-rewinds): {cure}")
+        self.store.wait()
+        before = bad.first if bad.first > self.rewound_to + 1 else self.rewound_to
+        step = self.store.latest_valid(say, before)
+        if step is None:
+            raise self._diverged(bad, f"{bad}, and there is no checkpoint before them to go back to: {cure}")
+        self.store.forget_after(step)
+        start = resume.begin(self.assembly, self.store, step)
+        self.tracker.rewind(step)
+        self.watch.restart()
+        samples = [start.position, bad.position]
+        self.position, self.seen_tokens, self.rewound_to = bad.position, start.seen_tokens, step
+        self.events.record("fault", step=bad.step, kind="rewind", to=step, skipped_samples=samples)
+        say(f"{bad}; going back to step {step}, without samples {samples[0]:,} to {samples[1]:,}")
+        return start.state, step
+
+    def _diverged(self, bad: BadNumbers, line: str) -> Diverged:
+        self.events.record("fault", step=bad.step, kind="diverged")
+        return Diverged(line)
+
+    def _account(self) -> None:
+        """Write where the seconds of this process went, so that a kill loses little of that."""
+        self.events.record("goodput", began=self.clock.began, spent=self.clock.read())
+
+    @contextmanager
+    def _accounted(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._account()
+
     def _steps(self, compiled: Step, state: State, step: int, stop: StopRequest) -> State:
         """Dispatch step after step. A step's metrics are read once the next one is under way, never sooner."""
         config = self.config
@@ -153,25 +205,27 @@ class Run:
         end = self.position + (config.train.steps - step) * size
         sharding = self.assembly.batch
         pending: _Pending | None = None
-        with batches(
-            self.loader, self.position, size, lambda name: sharding[name].sharding, config.data.prefetch, end
-        ) as stream:
+        with batches(self.loader, self.position, size, lambda name: sharding[name].sharding, stop=end) as stream:
             self.meter.restart()
             for self.position, batch, waited in stream:
                 step += 1
+                self.clock.move("data_wait", waited)
+                self.clock.switch("rework" if step <= self.furthest else "step")
                 self._profile(step, state)
                 state, metrics = compiled(state, batch)
+                faultpoints.point("step")
                 self.seen_tokens += size * length
                 if pending:
-                    self._read(pending)
-                pending = _Pending(step, metrics, self.seen_tokens, waited)
+                    self._read(pending, state)
+                pending = _Pending(step, metrics, self.position, self.seen_tokens, waited)
                 self.progress.advance(step)
                 if step < config.train.steps and (stop.signal or self._due(step)):
-                    self._read(pending)
+                    self._read(pending, state)
                     pending = None
                     self._between(step, state, stop)
         if pending:
-            self._read(pending)
+            self._read(pending, state)
+        self.clock.switch("idle")
         self._profile(None, state)
         return state
 
@@ -197,15 +251,16 @@ class Run:
             self._evaluate(step, state)
         self.meter.pause(time.perf_counter() - began)
 
-    def _read(self, pending: "_Pending") -> None:
+    def _read(self, pending: "_Pending", state: State) -> None:
         """Fetch a step's metrics, wait for it if need be, and log it where it is due."""
         step = pending.step
         values = {name: np.asarray(value).item() for name, value in pending.metrics.items()}
         self.meter.count(pending.waited)
         try:
-            check_streak(values.pop("streak"), self.config.train.max_skipped, step)
-        except Diverged:
-            self.events.record("fault", step=step, kind="diverged")
+            self.watch.see(step, pending.position, values["loss"], values.pop("streak") == 0)
+        except BadNumbers as bad:
+            path = forensics.record(self.folder, self.assembly, self.loader, state, bad)
+            self.progress.say(f"what is known of step {bad.first} is in {path}")
             raise
         with self._one_failed_save(step):
             if self.store.poll() is not None:
@@ -235,16 +290,20 @@ class Run:
             "step": step,
             "position": self.position,
             "seen_tokens": self.seen_tokens,
+            "rewinds": self.rewinds,
             "mesh": self.mesh,
             "config": dump(self.config),
         }
-        self.store.save(step, state, meta)
+        with self.clock.within("save"):
+            self.store.save(step, state, meta)
         self.events.record("save", step=step)
+        self._account()
 
     def _evaluate(self, step: int, state: State) -> None:
         if not self.evaluate:
             return
-        values = self.evaluate(state["params"])
+        with self.clock.within("eval"):
+            values = self.evaluate(state["params"])
         self.tracker.log(step, values, file="eval.jsonl")
         self.progress.say(
             f"step {step} held out: loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}, "
@@ -264,10 +323,15 @@ class Run:
         if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
             self._evaluate(step, state)
         if self.config.eval.sample_tokens:
-            text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
+            with self.clock.within("eval"):
+                text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
             self.progress.say(f"sample after step {step}:\n{text}\n")
-        self.store.wait()
+        with self.clock.within("save"):
+            self.store.wait()
         self.events.record("end", step=step)
+        self._account()
+        if jax.process_index() == 0:
+            self.progress.say(goodput.describe(goodput.of_run(read(self.folder / "events.jsonl"))))
         self.progress.say(f"done: {step} steps in {self.folder}")
 
     def _profile(self, step: int | None, state: State) -> None:
@@ -295,6 +359,8 @@ class _Pending(NamedTuple):
 
     step: int
     metrics: Metrics
+    position: int
+    """Samples consumed up to and with it."""
     seen_tokens: int
     """Tokens consumed up to and with it."""
     waited: float

@@ -8,8 +8,9 @@ Two orders of work, by `chunk`:
   memory does not grow with the vocabulary (as in Cut Cross-Entropy, https://arxiv.org/abs/2411.09009).
 
 On a mesh each device walks through blocks of its own tokens or chunks of its own columns. What it must add to that of
-others is kept apart by shard (dims G and S) and summed after the walk; only the head's gradient is summed chunk by
-chunk in the second order, so that no device holds it whole under fsdp. Neither logits nor a vocabulary shard ever move.
+others is kept apart by shard (dims G and S) and summed after the walk, that of x where its copies were made; only the
+head's gradient is summed chunk by chunk in the second order, so that no device holds it whole under fsdp. Neither
+logits nor a vocabulary shard ever move.
 
 Legend: N tokens, G shards of the tokens, L tokens of one shard, R one block of L, D embed, V vocabulary with padding,
 S shards of the vocabulary, W columns of one shard, C one chunk of W.
@@ -54,7 +55,7 @@ def token_losses(
     """
     matrix, transposed = model.output_matrix(params, runtime)
     return cross_entropy(
-        by_device(x_BTD, runtime.layout),
+        by_device(runtime.copies(x_BTD), runtime.layout),
         matrix,
         by_device(batch["targets"], runtime.layout),
         by_device(batch["loss_mask"], runtime.layout),
@@ -76,7 +77,8 @@ def by_device(x_BT: Shaped[Array, "B T ..."], layout: Layout) -> Shaped[Array, "
         return x_BT.reshape(-1, *x_BT.shape[2:])
     lengths = (x_BT.shape[0] // rows, x_BT.shape[1] // columns)
     x = x_BT.reshape(rows, lengths[0], columns, lengths[1], *x_BT.shape[2:]).swapaxes(1, 2)
-    return layout.constrain(x, "batch", "sequence", *[None] * (x.ndim - 2)).reshape(-1, *x_BT.shape[2:])
+    rest = ("shards", None) if x_BT.ndim == 4 else (None,) * (x_BT.ndim - 2)
+    return layout.constrain(x, "batch", "sequence", None, None, *rest).reshape(-1, *x_BT.shape[2:])
 
 
 class _Terms(NamedTuple):
@@ -91,7 +93,7 @@ class _Terms(NamedTuple):
 
 
 def cross_entropy(
-    x_ND: Float[Array, "N D"],
+    x_ND: Float[Array, "N D"] | Float[Array, "N S D"],
     head: Float[Array, "rows columns"],
     targets_N: Int[Array, "N"],
     mask_N: Float[Array, "N"],
@@ -115,7 +117,8 @@ def cross_entropy(
     float32 whatever the dtype of `x_ND` and `head`, which must agree.
 
     Logits of at most `chunk` columns exist at a time (0: all columns, of some tokens at a time); a last, smaller chunk
-    takes what does not divide. `shards` and `token_shards` say over how many devices V and N are split.
+    takes what does not divide. `shards` and `token_shards` say over how many devices V and N are split; `x_ND` may come
+    as copies, one for each of `shards`.
 
     Raises:
         ValueError: shards that do not divide, or more true columns than the head has.
@@ -130,89 +133,94 @@ def cross_entropy(
     split = (shards, local, head.shape[1]) if transposed else (head.shape[0], shards, local)
     columns = min(max(chunk // shards, 1), local) if chunk else local
     terms = _Terms(vocabulary, columns, z_loss, label_smoothing, softcap, transposed)
-    x_GLD, targets_GL, mask_GL = (a.reshape(token_shards, -1, *a.shape[1:]) for a in (x_ND, targets_N, mask_N))
+    x_NSD = jnp.broadcast_to(x_ND[:, None], (len(x_ND), shards, x_ND.shape[1])) if x_ND.ndim == 2 else x_ND
+    x_GLSD, targets_GL, mask_GL = (a.reshape(token_shards, -1, *a.shape[1:]) for a in (x_NSD, targets_N, mask_N))
     run = _by_tokens if columns == local else _by_vocabulary
-    return run(x_GLD, head.reshape(split), targets_GL, mask_GL, terms), mask_N.sum(dtype=jnp.float32)
+    return run(x_GLSD, head.reshape(split), targets_GL, mask_GL, terms), mask_N.sum(dtype=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _by_tokens(x_GLD, head, targets_GL, mask_GL, terms):
+def _by_tokens(x_GLSD, head, targets_GL, mask_GL, terms):
     def add_block(loss_G, start, size):
-        x_GRD, targets_GR, mask_GR = _slices((x_GLD, targets_GL, mask_GL), start, size, axis=1)
-        sums, _ = _add_chunk(None, _logits(x_GRD, head, terms), 0, targets_GR, terms)
+        x_GRSD, targets_GR, mask_GR = _slices((x_GLSD, targets_GL, mask_GL), start, size, axis=1)
+        sums, _ = _add_chunk(None, _logits(x_GRSD, head, terms), 0, targets_GR, terms)
         return loss_G + (_combined(sums, terms)[1] * mask_GR).sum(axis=1)
 
-    loss_G = jnp.zeros(x_GLD.shape[0], jnp.float32)
-    return _walk(add_block, loss_G, x_GLD.shape[1], _block(x_GLD, terms)).sum()
+    loss_G = jnp.zeros(x_GLSD.shape[0], jnp.float32)
+    return _walk(add_block, loss_G, x_GLSD.shape[1], _block(x_GLSD, terms)).sum()
 
 
-def _by_tokens_forward(x_GLD, head, targets_GL, mask_GL, terms):
+def _by_tokens_forward(x_GLSD, head, targets_GL, mask_GL, terms):
     """The loss, and its gradients as if the cotangent were 1: a scalar can be multiplied in later."""
 
     def add_block(carry, start, size):
-        loss_G, dx_SGLD, dhead_GDSW = carry
-        x_GRD, targets_GR, mask_GR = _slices((x_GLD, targets_GL, mask_GL), start, size, axis=1)
-        logits_GRSW = _logits(x_GRD, head, terms)
+        loss_G, dx_GLSD, dhead_GDSW = carry
+        x_GRSD, targets_GR, mask_GR = _slices((x_GLSD, targets_GL, mask_GL), start, size, axis=1)
+        logits_GRSW = _logits(x_GRSD, head, terms)
         sums, powers_GRSW = _add_chunk(None, logits_GRSW, 0, targets_GR, terms)
         lse_GR, loss_GR = _combined(sums, terms)
         shares_GRSW = powers_GRSW * jnp.exp(sums[0] - lse_GR[..., None])[..., None]
-        d_GRSW = _logits_gradient(shares_GRSW, logits_GRSW, 0, lse_GR, targets_GR, mask_GR, terms).astype(x_GLD.dtype)
-        dx_SGLD = jax.lax.dynamic_update_slice_in_dim(dx_SGLD, _dx(d_GRSW, head, terms), start, axis=2)
-        return loss_G + (loss_GR * mask_GR).sum(axis=1), dx_SGLD, dhead_GDSW + _matmul("grd,grsc->gdsc", x_GRD, d_GRSW)
+        d_GRSW = _logits_gradient(shares_GRSW, logits_GRSW, 0, lse_GR, targets_GR, mask_GR, terms).astype(x_GLSD.dtype)
+        dx_GLSD = jax.lax.dynamic_update_slice_in_dim(dx_GLSD, _dx(d_GRSW, head, terms), start, axis=1)
+        return (
+            loss_G + (loss_GR * mask_GR).sum(axis=1),
+            dx_GLSD,
+            dhead_GDSW + _matmul("grsd,grsc->gdsc", x_GRSD, d_GRSW),
+        )
 
-    (groups, length, embed), (shards, local) = x_GLD.shape, _split_shape(head, terms)
-    zeros = [(groups,), (shards, *x_GLD.shape), (groups, embed, shards, local)]
+    (groups, length, shards, embed), local = x_GLSD.shape, _split_shape(head, terms)[1]
+    zeros = [(groups,), x_GLSD.shape, (groups, embed, shards, local)]
     carry = tuple(jnp.zeros(shape, jnp.float32) for shape in zeros)
-    loss_G, dx_SGLD, dhead_GDSW = _walk(add_block, carry, length, _block(x_GLD, terms))
-    return loss_G.sum(), (dx_SGLD.sum(axis=0), dhead_GDSW.sum(axis=0), jnp.zeros((), x_GLD.dtype))
+    loss_G, dx_GLSD, dhead_GDSW = _walk(add_block, carry, length, _block(x_GLSD, terms))
+    return loss_G.sum(), (dx_GLSD, dhead_GDSW.sum(axis=0), jnp.zeros((), x_GLSD.dtype))
 
 
 def _by_tokens_backward(terms, residuals, cotangent):
-    dx_GLD, dhead_DSW, like = residuals
+    dx_GLSD, dhead_DSW, like = residuals
     dhead = _as_head(dhead_DSW * cotangent, terms)
-    return (dx_GLD * cotangent).astype(like.dtype), dhead.astype(like.dtype), None, None
+    return (dx_GLSD * cotangent).astype(like.dtype), dhead.astype(like.dtype), None, None
 
 
 _by_tokens.defvjp(_by_tokens_forward, _by_tokens_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _by_vocabulary(x_GLD, head, targets_GL, mask_GL, terms):
-    return _by_vocabulary_forward(x_GLD, head, targets_GL, mask_GL, terms)[0]
+def _by_vocabulary(x_GLSD, head, targets_GL, mask_GL, terms):
+    return _by_vocabulary_forward(x_GLSD, head, targets_GL, mask_GL, terms)[0]
 
 
-def _by_vocabulary_forward(x_GLD, head, targets_GL, mask_GL, terms):
+def _by_vocabulary_forward(x_GLSD, head, targets_GL, mask_GL, terms):
     def add_chunk(sums, start, size):
         (columns,) = _slices((head,), start, size, axis=_axis(terms))
-        logits_GLSC, local = _logits(x_GLD, columns, terms), _split_shape(head, terms)[1]
+        logits_GLSC, local = _logits(x_GLSD, columns, terms), _split_shape(head, terms)[1]
         return _add_chunk(sums, logits_GLSC, start, targets_GL, terms, local)[0]
 
     shards, local = _split_shape(head, terms)
     zeros_GLS = jnp.zeros((*targets_GL.shape, shards), jnp.float32)
     sums = _walk(add_chunk, (zeros_GLS + HIDDEN, zeros_GLS, zeros_GLS, zeros_GLS), local, terms.chunk)
     lse_GL, loss_GL = _combined(sums, terms)
-    return (loss_GL * mask_GL).sum(), (x_GLD, head, targets_GL, mask_GL, lse_GL)
+    return (loss_GL * mask_GL).sum(), (x_GLSD, head, targets_GL, mask_GL, lse_GL)
 
 
 def _by_vocabulary_backward(terms, residuals, cotangent):
-    x_GLD, head, targets_GL, mask_GL, lse_GL = residuals
-    shards, local = _split_shape(head, terms)
+    x_GLSD, head, targets_GL, mask_GL, lse_GL = residuals
+    local = _split_shape(head, terms)[1]
     weight_GL = mask_GL * cotangent
 
     def add_chunk(grads, start, size):
-        dx_SGLD, dhead = grads
+        dx_GLSD, dhead = grads
         (columns,) = _slices((head,), start, size, axis=_axis(terms))
-        logits_GLSC = _logits(x_GLD, columns, terms)
+        logits_GLSC = _logits(x_GLSD, columns, terms)
         shares_GLSC = jnp.exp(logits_GLSC - lse_GL[..., None, None])
         d_GLSC = _logits_gradient(shares_GLSC, logits_GLSC, start, lse_GL, targets_GL, weight_GL, terms, local)
-        d_GLSC = d_GLSC.astype(x_GLD.dtype)
-        more = _as_head(_matmul("gld,glsc->dsc", x_GLD, d_GLSC), terms).astype(head.dtype)
+        d_GLSC = d_GLSC.astype(x_GLSD.dtype)
+        more = _as_head(_matmul("glsd,glsc->dsc", x_GLSD, d_GLSC), terms).astype(head.dtype)
         dhead = jax.lax.dynamic_update_slice_in_dim(dhead, more, start, axis=_axis(terms))
-        return dx_SGLD + _dx(d_GLSC, columns, terms), dhead
+        return dx_GLSD + _dx(d_GLSC, columns, terms), dhead
 
-    grads = (jnp.zeros((shards, *x_GLD.shape), jnp.float32), jnp.zeros_like(head))
-    dx_SGLD, dhead = _walk(add_chunk, grads, local, terms.chunk)
-    return dx_SGLD.sum(axis=0).astype(x_GLD.dtype), dhead, None, None
+    grads = (jnp.zeros(x_GLSD.shape, jnp.float32), jnp.zeros_like(head))
+    dx_GLSD, dhead = _walk(add_chunk, grads, local, terms.chunk)
+    return dx_GLSD.astype(x_GLSD.dtype), dhead, None, None
 
 
 _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
@@ -282,21 +290,21 @@ def _walk(add, carry, length, size):
     return add(carry, whole * size, length % size) if length % size else carry
 
 
-def _block(x_GLD, terms):
+def _block(x_GLSD, terms):
     """Tokens of one block on one device."""
-    length, embed = x_GLD.shape[1:]
+    length, embed = x_GLSD.shape[1], x_GLSD.shape[3]
     blocks = -(-length // max(BLOCK_LOGITS // terms.chunk, BLOCK_WIDTHS * embed))
     return -(-length // blocks)
 
 
-def _logits(x_GRD, columns, terms):
-    logits = _matmul("grd,scd->grsc" if terms.transposed else "grd,dsc->grsc", x_GRD, columns)
+def _logits(x_GRSD, columns, terms):
+    logits = _matmul("grsd,scd->grsc" if terms.transposed else "grsd,dsc->grsc", x_GRSD, columns)
     return logits if terms.softcap is None else terms.softcap * jnp.tanh(logits / terms.softcap)
 
 
 def _dx(d_GRSC, columns, terms):
-    """dx of each vocabulary shard, [S, G, R, D]."""
-    return _matmul("grsc,scd->sgrd" if terms.transposed else "grsc,dsc->sgrd", d_GRSC, columns)
+    """dx of each vocabulary shard, [G, R, S, D]."""
+    return _matmul("grsc,scd->grsd" if terms.transposed else "grsc,dsc->grsd", d_GRSC, columns)
 
 
 def _as_head(dhead_DSC, terms):
@@ -325,4 +333,13 @@ def _wide(mask_SC):
 
 
 def _matmul(spec, left, right):
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+    def multiply(left, right):
+        return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+
+    def multiply_wide(left, right):
+        return multiply(left.astype(jnp.float32), right.astype(jnp.float32))
+
+    if left.dtype == jnp.float32:
+        return multiply(left, right)
+    # XLA:CPU refuses some products of bfloat16 with a float32 result.
+    return jax.lax.platform_dependent(left, right, cpu=multiply_wide, default=multiply)

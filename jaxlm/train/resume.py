@@ -24,6 +24,8 @@ class Start:
     """Samples consumed."""
     seen_tokens: int
     """Tokens consumed, padding included."""
+    rewinds: int
+    """Times that it went back for bad numbers."""
 
 
 def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
@@ -60,7 +62,7 @@ def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
     A checkpoint that was imported has parameters alone: the rest of the state is initialised.
     """
     if step is None:
-        return Start(state=assembly.init(), step=0, position=0, seen_tokens=0)
+        return Start(state=assembly.init(), step=0, position=0, seen_tokens=0, rewinds=0)
     meta = store.meta(step)
     if imported := meta.get("imported"):
         stored = jnp.dtype(imported["dtype"])
@@ -78,4 +80,5 @@ def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
         step=step,
         position=meta["position"],
         seen_tokens=meta["seen_tokens"],
+        rewinds=meta.get("rewinds", 0),
     )

@@ -16,6 +16,7 @@ from jaxlm.parallel import pipeline
 from jaxlm.parallel.rules import Layout, cut_by
 from jaxlm.parallel.schedules import Table, build
 from jaxlm.parallel.schedules.simulate import simulate
+from jaxlm.train import local
 from jaxlm.train.loss import token_losses
 
 
@@ -63,8 +64,7 @@ def gradients(
     """
     layout, plan = runtime.layout, table(config, runtime.layout)
     mesh = layout.mesh
-    # An axis of one device would cost nothing as automatic, but all manual is the simpler program.
-    axes = tuple(axis for axis in mesh.axis_names if axis != "model" or mesh.shape[axis] == 1)
+    axes = local.axes(layout)
     manual = frozenset(axes)
     inner = replace(runtime, layout=layout.within(manual))
     numbers = pipeline.layer_numbers(model.config.layers, plan.stages, plan.chunks)
@@ -75,7 +75,7 @@ def gradients(
     def by_hand(specs: Any) -> Any:
         return jax.tree.map(lambda spec: cut_by(spec, manual), specs)
 
-    def local(params: Any, batch: dict[str, jax.Array], share: jax.Array, key: jax.Array | None):
+    def on_device(params: Any, batch: dict[str, jax.Array], share: jax.Array, key: jax.Array | None):
         (chunks, shared), back = jax.vjp(lambda params: pipeline.cut_weights(params, held, numbers, automatic), params)
         parts = _parts(model, shared | {"blocks": chunks}, inner, config, key, ragged=bool((numbers < 0).any()))
         dchunks, dshared, total, loads = pipeline.gradients(plan, parts, chunks, shared, numbers, batch, share)
@@ -87,7 +87,7 @@ def gradients(
     rows = cut_by(layout.spec((None, "batch", "sequence")), manual)
     whole = PartitionSpec()
     grads, sums = jax.shard_map(
-        local,
+        on_device,
         mesh=mesh,
         in_specs=(by_hand(held), rows, whole, whole),
         out_specs=(by_hand(wanted), whole),

@@ -17,7 +17,7 @@ from jaxlm.models.build import Model
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import flags
-from jaxlm.train import balance, replicas, stages
+from jaxlm.train import balance, local, stages
 from jaxlm.train.loss import token_losses
 from jaxlm.train.state import State, StatePlan
 
@@ -89,8 +89,8 @@ def gradients(
         parts = stages.table(config, runtime.layout).microbatches
         batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
         run = partial(stages.gradients, model, config)
-    elif mesh.shape["replica"] > 1:
-        run = partial(replicas.summed_across, run)
+    elif any(mesh.shape[axis] > 1 for axis in local.axes(runtime.layout)):
+        run = partial(local.summed, run, dims=model.dims)
     grads, sums = run(params, batch, runtime, key=key, share=share, shardings=shardings)
     if scale is not None:
         grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
@@ -106,10 +106,15 @@ def _accumulated(
     *,
     key: jax.Array | None,
     share: jax.Array,
-    shardings: Any,
+    shardings: Any = None,
+    reduce: local.Reduce | None = None,
 ) -> tuple[Any, tuple[jax.Array, Load | None]]:
-    """Gradients of the loss sum times `share`, one microbatch after the other; the loss sum, and the loads."""
+    """Gradients of the loss sum times `share`, one microbatch after the other; the loss sum, and the loads.
+
+    They are placed as `shardings`, or come from `reduce`: of each microbatch where that keeps less of them (ZeRO-2).
+    """
     parts = config.train.microbatches
+    at_once = parts == 1 or config.optimizer.shard == "data"
 
     def scaled_loss(params: Any, part: Batch) -> tuple[jax.Array, tuple[jax.Array, Load | None]]:
         total, _, loads = loss_sums(model, params, part, runtime, config, key=key)
@@ -117,7 +122,9 @@ def _accumulated(
 
     def one(part: Batch) -> tuple[Any, tuple[jax.Array, Load | None]]:
         grads, sums = jax.grad(scaled_loss, has_aux=True)(params, part)
-        return jax.lax.with_sharding_constraint(grads, shardings), sums
+        if reduce is None:
+            return jax.lax.with_sharding_constraint(grads, shardings), sums
+        return reduce(grads) if at_once else grads, sums
 
     if parts == 1:
         return one(batch)
@@ -126,10 +133,13 @@ def _accumulated(
     def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, one(part)), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    zeros = jax.lax.with_sharding_constraint(zeros, shardings)
+    shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], batch))[0])
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), shapes)
+    if reduce is None:
+        zeros = jax.lax.with_sharding_constraint(zeros, shardings)
     start = (zeros, (jnp.float32(0), Load.none(model.config, model.config.layers)))
-    return jax.lax.scan(accumulate, start, batch)[0]
+    grads, sums = jax.lax.scan(accumulate, start, batch)[0]
+    return reduce(grads) if reduce and not at_once else grads, sums
 
 
 def _microbatches(x: jax.Array, parts: int, runtime: Runtime) -> jax.Array:
@@ -165,7 +175,7 @@ def train_step(
         grads, total, count, loads = gradients(
             model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients
         )
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(grads) + _poison(state["optimizer"])
         loss = total / jnp.maximum(count, 1.0)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
@@ -195,6 +205,12 @@ def train_step(
         return new, metrics
 
     return step
+
+
+def _poison(optimizer_state: Any) -> jax.Array:
+    """Zero, or not a number where a moment is not finite: what went bad there must not reach the parameters."""
+    numbers = [leaf for leaf in jax.tree.leaves(optimizer_state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum(((leaf * 0).sum(dtype=jnp.float32) for leaf in numbers), start=jnp.float32(0))
 
 
 def _next_scale(scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:

@@ -1,0 +1,50 @@
+"""Whether the numbers of a run are worth going on with."""
+
+from collections import deque
+from statistics import median
+
+SPIKE = 2.0
+"""A loss over this many times the median of the steps before it is as bad as one that is not finite."""
+
+WINDOW = 100
+"""Steps before it; with fewer no loss is a spike."""
+
+
+class BadNumbers(Exception):
+    """`max_skipped` steps in a row were bad."""
+
+    def __init__(self, first: int, step: int, position: int, spikes: int):
+        self.first, self.step = first, step
+        self.position = position
+        """Samples consumed up to and with the last of them."""
+        what = "not finite" if not spikes else f"{spikes} times over {SPIKE:g} times their median, or not finite"
+        super().__init__(f"losses or gradients of the {step - first + 1} steps up to step {step} were {what}")
+
+
+class Watch:
+    """Counts bad steps in a row. Every process sees the same numbers, so all of them decide alike.
+
+    A step that is not finite changed nothing but the counters; one whose loss is a spike was taken.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.restart()
+
+    def restart(self) -> None:
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._first: int | None = None
+        self._spikes = 0
+
+    def see(self, step: int, position: int, loss: float, finite: bool) -> None:
+        """One step more, with whose batch `position` samples are consumed. Raises BadNumbers once the row is as long
+        as the limit."""
+        spike = finite and len(self._losses) == WINDOW and loss > SPIKE * median(self._losses)
+        if finite and not spike:
+            self._losses.append(loss)
+            self._first, self._spikes = None, 0
+            return
+        self._first = step if self._first is None else self._first
+        self._spikes += spike
+        if step - self._first + 1 >= self.limit:
+            raise BadNumbers(self._first, step, position, self._spikes)

@@ -1,0 +1,70 @@
+"""Real kills of real processes: what is left goes on as if nothing had happened. `make kills` is this, many times."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from jaxlm.config import faultpoints
+from jaxlm.config.errors import UserError
+from jaxlm.config.faultpoints import POINTS
+from jaxlm.metrics.jsonl import read
+from tests.train.kills import campaign, differences, finish, start, write_corpus
+from tests.train.running import losses, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, and the run that nobody disturbs."""
+    made = tmp_path_factory.mktemp("kills")
+    write_corpus(made / "corpus")
+    finish(made, made / "whole")
+    return made
+
+
+def test_one_run_killed_at_every_point(folder: Path) -> None:
+    run = folder / "tokenization-and-all"  # the name gives it a cache of its own, whose tokens are still to be made
+    for point in sorted(POINTS, key=lambda name: name != "tokenization"):
+        code, output = start(folder, run, f"{point}:{1 if point == 'tokenization' else 2}:kill")
+        assert code == -signal.SIGKILL, (point, output)
+    finish(folder, run)
+    assert differences(folder / "whole", run) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_a_sample_of_the_campaign(folder: Path, point: str) -> None:
+    row = campaign(folder, folder / "whole", point, kills=3, seed=1)
+    assert row["kills"] == 3 and row["differences"] == []
+
+
+FAILURES = [*((point, "enospc") for point in ("array-write", "data-state", "before-commit", "after-commit"))]
+FAILURES += [("retention", "eio"), ("before-commit", "erofs")]
+
+
+@pytest.mark.parametrize(("point", "error"), FAILURES)
+def test_a_save_that_fails_at_any_stage_harms_nothing(
+    corpus: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch,
+    capsys,
+    point: str,
+    error: str,
+) -> None:
+    monkeypatch.setenv(faultpoints.VARIABLE, f"{point}:1:{error}")
+    faultpoints._visits.clear()
+    train(corpus, tmp_path, checkpoint__every=2, checkpoint__keep=1)
+    out = capsys.readouterr().out
+    assert "warning: saving checkpoint" in out and "training goes on to the next save" in out
+    (fault,) = [event for event in read(tmp_path / "events.jsonl") if event["event"] == "fault"]
+    assert fault["kind"] == "save failed"
+    assert losses(tmp_path) == losses(whole)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["8"], "what failed left nothing, and later saves tidied up"
+
+
+@pytest.mark.parametrize("text", ["nowhere:1:kill", "step:0:kill", "step:1:explode", "step", "step:1:kill+1e9"])
+def test_an_unknown_fault_is_one_line(text: str) -> None:
+    with pytest.raises(UserError, match="not POINT:VISIT:ACTION"):
+        faultpoints.parse(text)

@@ -1,0 +1,105 @@
+"""Numbers that stay bad: back to a checkpoint before them, past their data, with a record of what was known."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.checkpoint.store import Store
+from jaxlm.config.errors import Diverged
+from jaxlm.data.loader import Loader
+from jaxlm.metrics.jsonl import read
+from jaxlm.train.watch import SPIKE, WINDOW, BadNumbers, Watch
+from tests.train.battery import batch, build, configuration, place
+from tests.train.running import losses, train
+
+KEYS = {"checkpoint__every": 2, "eval__every": 0, "train__max_skipped": 2}
+BATCH = 8
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the loss of samples from `start` to `stop` not a number."""
+    rows = Loader.rows
+
+    def put(start: int, stop: int) -> None:
+        def poisoned(self, position, first, last):
+            made = rows(self, position, first, last)
+            bad = [start <= position + i < stop for i in range(first, last)]
+            made["loss_mask"][bad] = np.nan
+            return made
+
+        monkeypatch.setattr(Loader, "rows", poisoned)
+
+    return put
+
+
+def test_it_goes_back_and_past_the_bad_samples(corpus: Path, tmp_path: Path, poison) -> None:
+    poison(6 * BATCH, 8 * BATCH)  # those of steps 7 and 8
+    train(corpus, tmp_path, train__steps=10, **KEYS)
+    (event,) = [event for event in read(tmp_path / "events.jsonl") if event["event"] == "fault"]
+    assert (event["kind"], event["step"], event["to"], event["skipped_samples"]) == ("rewind", 8, 6, [48, 64])
+    assert list(losses(tmp_path)) == list(range(1, 11)) and all(losses(tmp_path).values())
+    assert [line["step"] for line in read(tmp_path / "metrics.superseded.jsonl")] == [7]
+    with Store(tmp_path / "checkpoints") as store:
+        meta = store.meta(10)
+    assert (meta["position"], meta["rewinds"]) == (12 * BATCH, 1)
+    known = json.loads((tmp_path / "forensics" / "step-7.json").read_text())
+    assert list(known["sample_ids"]) == ["7", "8"] and len(known["sample_ids"]["7"]) == BATCH
+    assert known["loss"] == "nan"
+    layers = known["gradients"]["blocks.mlp.up.kernel"]
+    assert layers["norm"] == ["nan", "nan"] and all(layers["not_finite"])
+    assert not any(known["parameters"]["blocks.mlp.up.kernel"]["not_finite"])
+
+
+def test_killed_before_the_next_save_it_does_the_same_again(corpus: Path, tmp_path: Path, poison) -> None:
+    poison(6 * BATCH, 8 * BATCH)
+    train(corpus, tmp_path / "whole", train__steps=10, **KEYS)
+    train(corpus, tmp_path / "killed", train__steps=10, **KEYS)
+    for step in ("8", "10"):
+        (tmp_path / "killed" / "checkpoints" / step / "manifest.json").unlink(missing_ok=True)
+    with Store(tmp_path / "killed" / "checkpoints") as store:
+        assert store.steps() == []
+    train(corpus, tmp_path / "killed", train__steps=10, **KEYS)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_bad_again_at_once_it_goes_further_back_and_then_stops(corpus: Path, tmp_path: Path, poison) -> None:
+    poison(6 * BATCH, 1000)
+    with pytest.raises(Diverged, match="went back 2 times") as raised:
+        train(corpus, tmp_path, train__steps=20, checkpoint__keep=0, **KEYS)
+    assert raised.value.exit_code == 3
+    faults = [event for event in read(tmp_path / "events.jsonl") if event["event"] == "fault"]
+    assert [(event["kind"], event.get("to")) for event in faults] == [("rewind", 6), ("rewind", 4), ("diverged", None)]
+
+
+def test_what_counts_as_bad() -> None:
+    watch = Watch(limit=3)
+    for step in range(WINDOW):
+        watch.see(step, 0, 2.0, True)
+    for loss, finite in ((float("nan"), False), (SPIKE * 2.0 + 0.1, True), (SPIKE * 2.0 - 0.1, True)):
+        watch.see(WINDOW, 0, loss, finite)  # the last ends the row
+    watch.see(WINDOW, 0, 4.2, True)
+    watch.see(WINDOW + 1, 8, 4.2, True)
+    with pytest.raises(BadNumbers, match="3 steps up to step 102 were 3 times over 2 times their median") as raised:
+        watch.see(WINDOW + 2, 16, 4.2, True)
+    assert (raised.value.first, raised.value.step, raised.value.position) == (WINDOW, WINDOW + 2, 16)
+
+
+def test_a_young_run_has_no_spikes() -> None:
+    watch = Watch(limit=1)
+    for step in range(WINDOW):
+        watch.see(step, 0, 2.0 + 3 * (step % 2), True)
+
+
+def test_moments_that_went_bad_do_not_reach_the_parameters() -> None:
+    config = configuration("gpt")
+    assembly = build(config, "dp1")
+    state = assembly.init()
+    moments = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan) if x.ndim else x, state["optimizer"])
+    new, metrics = jax.jit(assembly.step)(state | {"optimizer": moments}, place(assembly, batch(config, 0)))
+    assert metrics["streak"] == 1 and jnp.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, new["params"], state["params"])
