@@ -1,6 +1,7 @@
 """Models of Hugging Face in and out, without transformers: the same bits, the same text files, a run that runs."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jaxlm.checkpoint import convert
 from jaxlm.checkpoint.__main__ import main
 from jaxlm.checkpoint.store import Store
 from jaxlm.config import mesh_spec
-from jaxlm.config.errors import UserError
+from jaxlm.config.errors import NoValidCheckpoint, UserError
 from jaxlm.config.load import load, read_file
 from jaxlm.config.schema import ModelConfig, RunConfig
 from jaxlm.generate.__main__ import main as generate
@@ -183,6 +184,13 @@ def test_an_imported_model_is_not_changed_by_a_key(tmp_path):
     config = load(RunConfig, [f"--config={tmp_path / 'run' / 'config.yaml'}", "--model.rope-theta=5000"])[0]
     with pytest.raises(UserError, match="holds a run with model.rope_theta=10000.0, this one has 5000.0"):
         loop.run(config)
+
+
+def test_an_imported_run_does_not_begin_with_other_weights(tmp_path):
+    there(write_model(tmp_path / "model", config_json(*FIRST[1])))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0")
+    with Store(tmp_path / "run" / "checkpoints") as store, pytest.raises(NoValidCheckpoint, match="imported model"):
+        resume.choose(store, "auto", print)
 
 
 def test_a_run_of_our_own_becomes_a_model(tmp_path, capsys):
