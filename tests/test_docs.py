@@ -73,7 +73,8 @@ exec "{python}" "$@"
 """
 
 OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, Launch, schedules.Options]
-OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff, Replay]
+OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff]
+OPTIONS += [checkpoint.Import, checkpoint.Export, Replay]
 """What the verbs understand."""
 
 MISTAKES = {"--optimizer.learningrate"}
@@ -226,7 +227,8 @@ def test_keys_without_dashes_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_recipes_exist(page: str) -> None:
-    for name in re.findall(r"--config=([\w./]+)|\b((?:tiny|gpt2|llama)\w*_[a-z0-9]+_(?:cpu|[ahv]\d+))\b", read(page)):
+    recipe = r"--config=(?!runs/)([\w./]+)|\b((?:tiny|gpt2|llama)\w*_[a-z0-9]+_(?:cpu|[ahv]\d+))\b"
+    for name in re.findall(recipe, read(page)):
         assert find_recipe(name[0] or name[1])
 
 

@@ -1,11 +1,14 @@
-"""`python -m jaxlm.checkpoint`: look at the checkpoints of a run. Only `diff`, which reads arrays, imports jax."""
+"""`python -m jaxlm.checkpoint`: look at the checkpoints of a run, bring models of Hugging Face in and out.
+
+Only the verbs that read arrays import jax.
+"""
 
 import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.console import Console
@@ -20,6 +23,8 @@ USAGE = """python -m jaxlm.checkpoint list RUN                every checkpoint: 
 python -m jaxlm.checkpoint show RUN [--step=N]     configuration, position, software and arrays of one
 python -m jaxlm.checkpoint verify RUN [--step=N]   read every file and compare its SHA-256
 python -m jaxlm.checkpoint diff RUN [--step=N] [--other=RUN] [--other-step=N]   what differs between two
+python -m jaxlm.checkpoint import --from=DIR --run=RUN             a model of Hugging Face into a new run
+python -m jaxlm.checkpoint export --run=RUN --to=DIR [--step=N]    a checkpoint as a model of Hugging Face
 RUN is the run folder (runs/NAME). Each takes --help. Exit code 4: there is no valid checkpoint."""
 
 
@@ -57,13 +62,45 @@ class Diff:
     """The other (default: the newest; in the same run folder, the one before)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """python -m jaxlm.checkpoint import: a model of Hugging Face into a new run folder, to generate and to train."""
+
+    from_: str
+    """Folder of the model."""
+    run: str
+    """The run folder to make."""
+    mesh: str = "dp-1"
+    """Devices by axis that the run's config.yaml names; any other works as well."""
+    params: Literal["float32", "bfloat16"] | None = None
+    """precision.params of the run, in which the parameters are stored (default: as they are; float16 as float32)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """python -m jaxlm.checkpoint export: a checkpoint as a model of Hugging Face."""
+
+    run: str
+    """The run folder."""
+    to: str
+    """The folder to make."""
+    step: int | None = None
+    """The checkpoint (default: the newest valid one)."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the tensors (default: as they are stored; of an import that was not trained on, as they came)."""
+
+
 def main(argv: list[str]) -> int:
     """Run one verb; returns the exit code (4: there is no valid checkpoint)."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    if argv[0] in CONVERSIONS:
+        asked, convert = CONVERSIONS[argv[0]]
+        return convert(load(asked, argv[1:])[0])
     if argv[0] not in VERBS:
-        raise UserError(f"no verb {argv[0][:40]!r}; use {', '.join(VERBS)} (python -m jaxlm.checkpoint --help)")
+        known = ", ".join((*VERBS, *CONVERSIONS))
+        raise UserError(f"no verb {argv[0][:40]!r}; use {known} (python -m jaxlm.checkpoint --help)")
     options, verb = VERBS[argv[0]]
     if any(word in ("-h", "--help") for word in argv[1:]):
         load(options, ["--help"])
@@ -168,6 +205,33 @@ def _diff(folder: Path, steps: list[int], given: Diff) -> int:
         print("the arrays that both have are bitwise the same")
     return 1 if facts or apart else 0
 
+
+def _import(given: Import) -> int:
+    from jaxlm.checkpoint import convert  # which imports jax
+
+    source, run = Path(given.from_).expanduser(), Path(given.run).expanduser()
+    convert.import_(source, run, given.mesh, given.params, print)
+    return 0
+
+
+def _export(given: Export) -> int:
+    from jaxlm.checkpoint import convert  # which imports jax
+
+    folder, steps = _steps(given.run, given.step, "--step")
+    for step in reversed(steps):
+        try:
+            manifest.verify(folder, step)
+            break
+        except manifest.Damaged as error:
+            print(f"checkpoint {step} is damaged and not used: {error}")
+    else:
+        raise NoValidCheckpoint(f"no valid checkpoint in {folder}; verify says what is wrong")
+    convert.export(folder.parent, Path(given.to).expanduser(), step, given.dtype, print)
+    return 0
+
+
+CONVERSIONS: dict[str, tuple[type, Callable[[Any], int]]] = {"import": (Import, _import), "export": (Export, _export)}
+"""Verbs of models of Hugging Face."""
 
 VERBS: dict[str, tuple[type, Callable[[Path, list[int], Any], int]]] = {
     "list": (List, _list),

@@ -29,6 +29,9 @@ from jaxlm.config.cli import FULL
 from jaxlm.config.errors import CommandError, UserError
 from jaxlm.config.files import write_atomically
 
+_PLAIN_FILES = "TensorStore data files not found"
+"""What Orbax warns of where arrays lie in files of their own, as `slices` writes them."""
+
 
 class SaveFailed(CommandError):
     """A checkpoint could not be written (disk full, read-only, ...). Earlier checkpoints are as they were."""
@@ -317,7 +320,9 @@ def _orbax() -> Any:
             show(error)
 
     threading.excepthook = show_others
-    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "/orbax/" in record.pathname))
+    logging.getLogger("absl").addFilter(
+        lambda record: "/orbax/" not in record.pathname or not (record.exc_info or _PLAIN_FILES in record.msg)
+    )
     return ocp
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -38,6 +39,11 @@ MAY_CHANGE = (
     *("pipeline.", "context.", "checkpoint.", "eval.", "metrics.", "profile."),
 )
 """Keys (a final dot: whole sections) that may differ when a run continues; all others define what the run computes."""
+
+IMPORTED = "huggingface"
+"""In the run folder of a model that was imported: its config.json and the tokenizer's files, as they came."""
+BEGUN = "events.jsonl"
+"""In the run folder: not empty once the run has begun."""
 
 MAX_RECIPE_BYTES = 1_000_000
 RECIPES = Path(__file__).parents[2] / "configs"
@@ -121,7 +127,11 @@ def check_run_folder(config: RunConfig, announce: Callable[[str], None] = lambda
         held = read_file(RunConfig, folder / "config.yaml")
     except UserError as error:
         raise UserError(f"the run in {folder} cannot be continued: {error}; use another --run") from None
+    begun = (folder / BEGUN).exists() and (folder / BEGUN).stat().st_size > 0
+    imported = (folder / IMPORTED).is_dir() and not begun
     for key, old, new in differences(held, config):
+        if imported and not key.startswith("model."):
+            continue  # an import says what the model is, and nothing yet of its training
         if not key.startswith(tuple(k for k in MAY_CHANGE if k.endswith("."))) and key not in MAY_CHANGE:
             raise UserError(
                 f"{folder} holds a run with {key}={shown(old)}, this one has {shown(new)}; "
@@ -160,7 +170,7 @@ def _split(argv: Sequence[str], keys: Mapping[str, Any], flags: Sequence[str]) -
                 f"unexpected argument {shown(argument)}; options are written --key=value (--help lists them)"
             )
         name, equals, value = argument[2:].partition("=")
-        key, turned_off = _key(name.replace("-", "_"), keys)
+        key, turned_off = _key(name.replace("-", "_") + "_" * iskeyword(name), keys)
         if name.replace("_", "-") in (*flags, "help"):
             asked.add(name.replace("_", "-"))
             if equals and name != "help":

@@ -29,8 +29,8 @@ def plain(name: str) -> str:
 
 
 def option(key: str) -> str:
-    """The command-line spelling of a key: data.batch_size is --data.batch-size."""
-    return "--" + key.replace("_", "-")
+    """The command-line spelling of a key: data.batch_size is --data.batch-size, from_ (a word of Python's) --from."""
+    return "--" + key.rstrip("_").replace("_", "-")
 
 
 def text(value: object) -> str:

@@ -239,11 +239,15 @@ def _load_saved(folder: Path) -> Tokenizer:
 def _hugging_face(path: Path, content: bytes, eos: str | None) -> Tokenizer:
     if not isinstance(_parse(path, content).get("model"), dict):
         raise UserError(f"{path} is not a tokenizer.json of Hugging Face tokenizers: it has no model")
-    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing more particular
+        raise UserError(f"{path} is no tokenizer.json that tokenizers reads: {str(error)[:200]}") from None
     if eos is None:
         beside = path.with_name("tokenizer_config.json")
         eos = _parse(beside, _read(beside)).get("eos_token") if beside.is_file() else None
         eos = eos.get("content") if isinstance(eos, Mapping) else eos
+        eos = eos if isinstance(eos, str) else None
         eos = eos or next((end for end in ENDS if tokenizer.token_to_id(end) is not None), None)
     if eos is None:
         raise UserError(f"{path} has no end-of-document token; name it in a tokenizer_config.json beside (eos_token)")

@@ -35,9 +35,9 @@ class Assembly:
         """The step as a program that cannot recompile."""
         return steps.compile_step(self.step, self.plan, self.batch, announce)
 
-    def init(self) -> state.State:
-        """A fresh state, born sharded."""
-        return state.init(self.model, self.optimizer, self.plan, self.config.train.seed)
+    def init(self, params: build.Params | None = None) -> state.State:
+        """A fresh state, born sharded, or one that begins with `params`."""
+        return state.init(self.model, self.optimizer, self.plan, self.config.train.seed, params)
 
     def unpiped(self, variant: str) -> Runtime:
         """For a forward pass without a pipeline: as in training, but laid out as `variant` of `parallel.rules`.

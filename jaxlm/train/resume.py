@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoint.store import Store
 from jaxlm.config.errors import NoValidCheckpoint, UserError
+from jaxlm.config.load import IMPORTED
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.state import State
 
@@ -31,7 +33,8 @@ def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
     """The step to continue from; None to begin anew.
 
     Raises:
-        NoValidCheckpoint: `resume` is must and there is none, or there are some and none is valid.
+        NoValidCheckpoint: `resume` is must, or the model was imported, and there is none; or there are some and none
+            is valid.
         UserError: `resume` is never and the folder holds checkpoints, which a new run would mix with its own.
     """
     held = store.steps()
@@ -50,14 +53,31 @@ def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
         )
     if step is None and resume == "must":
         raise NoValidCheckpoint(f"--resume=must, but {store.folder} holds no checkpoint; check --run")
+    if step is None and (store.folder.parent / IMPORTED).is_dir():
+        raise NoValidCheckpoint(
+            f"{store.folder.parent} is of an imported model and holds no checkpoint of it; import into another --run"
+        )
+    if step is not None and (imported := store.meta(step).get("imported")):
+        say(f"beginning with the weights imported from {imported['family']}, in {imported['dtype']}")
     return step
 
 
 def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
-    """Initialise, or restore `step` onto the mesh of `assembly`, whatever mesh it was saved from."""
+    """Initialise, or restore `step` onto the mesh of `assembly`, whatever mesh it was saved from.
+
+    A checkpoint that was imported has parameters alone: the rest of the state is initialised.
+    """
     if step is None:
         return Start(state=assembly.init(), step=0, position=0, seen_tokens=0, rewinds=0)
     meta = store.meta(step)
+    if imported := meta.get("imported"):
+        stored = jnp.dtype(imported["dtype"])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored, sharding=leaf.sharding),
+            assembly.plan.abstract["params"],
+        )
+        params = store.restore(step, {"params": abstract})["params"]
+        return Start(state=assembly.init(params), step=step, position=0, seen_tokens=0, rewinds=0)
     state = store.restore(step, assembly.plan.abstract)
     # A run that starts again has its whole patience with steps that are not finite.
     state["streak"] = jax.device_put(np.zeros_like(state["streak"]), state["streak"].sharding)

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.config.schema import OptimizerConfig
-from jaxlm.models.build import Model
+from jaxlm.models.build import Model, Params
 from jaxlm.parallel.rules import Layout, spread
 
 State = dict[str, Any]
@@ -84,24 +84,36 @@ def plan(
     return StatePlan(abstract=jax.tree_util.tree_map_with_path(place, abstract), gradients=gradients)
 
 
-def init(model: Model, optimizer: optax.GradientTransformation, plan: StatePlan, seed: int) -> State:
-    """A fresh state, born sharded: no device ever holds more than its part. The same values on every mesh."""
+def init(
+    model: Model, optimizer: optax.GradientTransformation, plan: StatePlan, seed: int, params: Params | None = None
+) -> State:
+    """A fresh state, born sharded: no device ever holds more than its part. The same values on every mesh.
+
+    Args:
+        params: those to begin with, laid out as the plan has them, in any dtype; they are given away. None: fresh ones.
+    """
     dtype = jax.tree.leaves(plan.abstract["params"])[0].dtype
     scaled = "loss_scale" in plan.abstract
     # It runs once: on CPU, LLVM would spend more on the code of the random draws than the draws take. Same bits.
     platform = jax.tree.leaves(plan.shardings)[0].mesh.devices.flat[0].platform
     make = jax.jit(
-        lambda key: _fresh(model, optimizer, key, dtype, scaled),
+        lambda key, params: _fresh(model, optimizer, key, dtype, scaled, params),
         out_shardings=plan.shardings,
+        donate_argnums=1,
         compiler_options={"xla_backend_optimization_level": 1} if platform == "cpu" else None,
     )
-    return make(jax.random.key(seed))
+    return make(jax.random.key(seed), params)
 
 
 def _fresh(
-    model: Model, optimizer: optax.GradientTransformation, key: jax.Array, dtype: jnp.dtype, scaled: bool
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    dtype: jnp.dtype,
+    scaled: bool,
+    params: Params | None = None,
 ) -> State:
-    params = jax.tree.map(lambda p: p.astype(dtype), model.init(key))
+    params = jax.tree.map(lambda p: p.astype(dtype), model.init(key) if params is None else params)
     state: State = {
         "params": params,
         "optimizer": optimizer.init(params),

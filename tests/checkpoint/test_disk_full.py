@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.folders import write_model
+from tests.checkpoint.shapes import config_json
+
 SAVER = """
 import sys
 import jax
@@ -54,3 +57,13 @@ def test_full_disk(small_disk):
     assert "os_error_code" not in failed and "ocdbt" not in failed  # TensorStore's words are not for people
     assert (valid, steps) == ("valid: 1", "steps: [3]")
     assert "Traceback" not in result.stderr
+
+
+def test_full_disk_of_an_import(small_disk, tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("model"), config_json("llama", "grouped") | {"vocab_size": 20_000})
+    command = [sys.executable, "-m", "jaxlm.checkpoint", "import", f"--from={folder}", f"--run={small_disk / 'run'}"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: no space left on the disk") and result.stderr.count("\n") == 1
+    assert not list(small_disk.rglob("*.json"))  # the space is given back

@@ -1,0 +1,243 @@
+"""One model of random weights in transformers and in jaxlm: logits, loss, every gradient, an AdamW step, greedy text.
+
+Transformers computes on torch's CPU in float32, attention by its definition. What it computes comes to us as it comes
+to anybody: `save_pretrained`, `jaxlm.checkpoint import`.
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.checkpoint import safetensors
+from jaxlm.checkpoint.__main__ import main
+from jaxlm.checkpoint.matching import flat, matches
+from jaxlm.checkpoint.store import Store
+from jaxlm.config import mesh_spec
+from jaxlm.config.load import IMPORTED, read_file
+from jaxlm.config.schema import OptimizerConfig, RunConfig
+from jaxlm.generate.decode import generate
+from jaxlm.models import families
+from jaxlm.models.build import Model, Params, build
+from jaxlm.models.runtime import Runtime
+from jaxlm.parallel import mesh as meshes
+from jaxlm.parallel import rules
+from jaxlm.train import optimizer as optimizers
+from jaxlm.train.loss import token_losses
+from tests.checkpoint.shapes import config_json
+
+LOGIT, GRADIENT, LOSS, PARAMETER = 1e-4, 1e-4, 1e-5, 1e-5
+"""Promised: logits absolute, each gradient leaf over its norm, the loss relative, parameters as after steps of ours."""
+
+ADAMW = OptimizerConfig(
+    **{"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.1, "clip_norm": 0.0},
+    epsilon=1e-5,
+)
+"""With an epsilon above rounding: softmax hardly sees the slow channels of rotated key biases, whose gradients of 1e-9
+are what rounding left, and of which Adam's first step would make learning_rate x sign."""
+LENGTHS = (24, 17, 9)
+"""Tokens of the rows of a batch; the rest is padding."""
+PROMPTS, NEW_TOKENS = 20, 12
+
+
+class Pair:
+    """The same model twice."""
+
+    def __init__(self, family: str, shape: str, folder: Path, seed: int = 0):
+        self.folder, self.their_folder, self.run = folder, folder / "theirs", folder / "run"
+        self.theirs = _random(config_json(family, shape), seed)
+        self.theirs.save_pretrained(self.their_folder)
+        assert main(["import", f"--from={self.their_folder}", f"--run={self.run}"]) == 0
+        self.config = read_file(RunConfig, self.run / "config.yaml")
+        self.family = families.FAMILIES[family]
+        self.model = build(self.config.model, None)
+        mesh = meshes.from_devices(mesh_spec.parse("dp1"), jax.devices()[:1])
+        layout = rules.layout(mesh, kv_heads=self.config.model.key_value_heads)
+        self.runtime = Runtime(layout=layout)
+        self.params = _restored(self.run, self.model)
+        self.batch = _batch(self.model.vocabulary, seed)
+
+    def outputs(self) -> dict[str, float]:
+        """Errors of logits, loss and gradients, and the leaf whose gradient is worst."""
+        batch = {name: jnp.asarray(value) for name, value in self.batch.items()}
+
+        def run(params: Params) -> Any:
+            x_BTD = self.model.hidden(params, batch, self.runtime)
+            total, count = token_losses(self.model, params, x_BTD, batch, self.runtime, self.config)
+            return total / count, self.model.logits(params, x_BTD, self.runtime)
+
+        (loss, logits), self.gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(self.params)
+        out = self._run_theirs()
+        out.loss.backward()
+        real = self.batch["segment_ids"] > 0
+        their_logits = out.logits.detach().numpy()[real]
+        their_gradients = self._as_ours({name: p.grad for name, p in self.theirs.named_parameters()}, "gradients")
+        errors = _relative(self.gradients, their_gradients, self._without_gradient)
+        worst = max(errors, key=lambda name: errors[name])
+        return {
+            "logits": float(np.abs(np.asarray(logits)[real] - their_logits).max()),
+            "largest_logit": float(np.abs(their_logits).max()),
+            "loss": abs(float(loss) - out.loss.item()) / out.loss.item(),
+            "gradient": errors[worst],
+            "gradient_leaf": worst,
+        }
+
+    def stepped(self) -> dict[str, Any]:
+        """Error of the parameters after one AdamW step from the gradients of `outputs`; decay of matrices alone."""
+        import torch
+
+        rule = optimizers.build(ADAMW, 1)
+        updates, _ = rule.update(self.gradients, rule.init(self.params), self.params)
+        ours = jax.tree.map(lambda p, u: p + u, self.params, updates)
+        named = dict(self.theirs.named_parameters())
+        for name in self._without_gradient_theirs:  # what rounding leaves there Adam would make a step of
+            size = named[name].grad.shape[0] // 3
+            named[name].grad[size : 2 * size] = 0
+        decayed = [p for name, p in named.items() if p.ndim > 1 and "wpe" not in name]
+        others = [p for name, p in named.items() if p.ndim < 2 or "wpe" in name]
+        groups = [{"params": decayed, "weight_decay": ADAMW.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        settings = {"lr": ADAMW.learning_rate, "betas": (ADAMW.beta1, ADAMW.beta2), "eps": ADAMW.epsilon}
+        torch.optim.AdamW(groups, **settings).step()
+        theirs = self._as_ours({name: p.detach() for name, p in named.items()}, "stepped")
+        moved = _relative(ours, theirs, ())
+        there = _host(theirs)
+        largest = {name: float(np.abs(leaf - there[name]).max()) for name, leaf in _host(ours).items()}
+        errors = {name: min(moved[name], largest[name]) for name in moved}
+        worst = max(errors, key=lambda name: errors[name])
+        return {"parameter": errors[worst], "parameter_leaf": worst}
+
+    def greedy(self) -> dict[str, Any]:
+        """Prompts that transformers continues from our export as we do, token for token, left-padded together."""
+        import torch
+
+        loaded = self._exported("export")
+        rng = np.random.default_rng(1)
+        prompts = [rng.integers(2, self.model.vocabulary, n).tolist() for n in rng.integers(1, 24, PROMPTS)]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+        with torch.no_grad():
+            theirs = loaded.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
+        ours = generate(self.model, self.params, self.runtime, prompts, max_new_tokens=NEW_TOKENS)
+        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        return {"prompts": PROMPTS, "same_prompts": same, "different_words": len({tuple(row) for row in ours})}
+
+    def as_our_own(self) -> dict[str, Any]:
+        """The same of an export whose config.json we write, as of a run that did not come from Hugging Face."""
+        import torch
+
+        shutil.rmtree(self.run / IMPORTED)
+        loaded = self._exported("own")
+        ids = torch.tensor(self.batch["tokens"]).long()
+        with torch.no_grad():
+            difference = (loaded(ids).logits - self.theirs(ids).logits).abs().max().item()
+        return {"own_config": difference, "own_family": loaded.config.model_type}
+
+    def _exported(self, name: str) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        to = self.folder / name
+        assert main(["export", f"--run={self.run}", f"--to={to}"]) == 0
+        return AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32, attn_implementation="eager").eval()
+
+    @property
+    def _without_gradient(self) -> tuple[str, ...]:
+        """Leaves whose gradient is zero in truth and rounding in torch: softmax does not see GPT-2's key biases."""
+        return ("blocks.attention.key.bias",) if self.family.name == "gpt2" else ()
+
+    @property
+    def _without_gradient_theirs(self) -> list[str]:
+        named = (name for name, _ in self.theirs.named_parameters())
+        return [name for name in named if name.endswith("c_attn.bias")]
+
+    def _run_theirs(self) -> Any:
+        import torch
+
+        ids, mask = torch.tensor(self.batch["tokens"]).long(), torch.tensor(self.batch["segment_ids"])
+        labels = ids.masked_fill(mask == 0, -100)
+        return self.theirs(input_ids=ids, attention_mask=mask, labels=labels)
+
+    def _as_ours(self, values: dict[str, Any], name: str) -> Params:
+        """Tensors of their parameters' names, by way of files, which is where experts stand one by one."""
+        import copy
+
+        import torch
+
+        other = copy.deepcopy(self.theirs)
+        with torch.no_grad():
+            for key, parameter in other.named_parameters():
+                parameter.copy_(values[key])
+        other.save_pretrained(self.folder / name)
+        return read_tree(self.folder / name, self.model, self.family)
+
+
+def read_tree(folder: Path, model: Model, family: families.Family) -> Params:
+    """The tensors of a folder as a tree of parameters."""
+    stored = safetensors.open_folder(folder)
+    made = {name: np.zeros(leaf.shape, np.float32) for name, leaf in flat(model.abstract).items()}
+    for match in matches(family, model):
+        for piece in match.pieces(4):
+            parts = match.to_ours(stored[match.name].read(piece.first, piece.last), piece)
+            for name, part in zip(match.row.ours, parts, strict=True):
+                made[name][(*match.at, *piece.where)] = part
+    return jax.tree.unflatten(jax.tree.structure(model.abstract), [jnp.asarray(leaf) for leaf in made.values()])
+
+
+def _random(given: dict[str, Any], seed: int) -> Any:
+    """A model of transformers whose logits are of the size of 1, with norms and biases that are not trivial."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    dropouts = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if given["model_type"] == "gpt2" else {}
+    config = transformers.AutoConfig.for_model(**json.loads(json.dumps({**given, **ids, **dropouts})))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def _restored(run: Path, model: Model) -> Params:
+    with Store(run / "checkpoints") as store:
+        return store.restore(0, {"params": model.abstract})["params"]
+
+
+def _batch(vocabulary: int, seed: int) -> dict[str, np.ndarray]:
+    """Rows of LENGTHS tokens, and padding behind them; the targets are the tokens one on."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocabulary, (len(LENGTHS), max(LENGTHS))).astype(np.int32)
+    places = np.broadcast_to(np.arange(max(LENGTHS), dtype=np.int32), tokens.shape)
+    real = (places < np.asarray(LENGTHS)[:, None]).astype(np.int32)
+    targets = np.roll(tokens, -1, axis=1)
+    mask = (places < np.asarray(LENGTHS)[:, None] - 1).astype(np.float32)
+    return {"tokens": tokens, "segment_ids": real, "positions": places * real, "targets": targets, "loss_mask": mask}
+
+
+def _host(tree: Params) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf, np.float64) for name, leaf in flat(tree).items()}
+
+
+def _relative(ours: Params, theirs: Params, zero: tuple[str, ...]) -> dict[str, float]:
+    """Norm of the difference over the norm of theirs, by leaf; of those in `zero`, which ours must be, over all."""
+    a, b = _host(ours), _host(theirs)
+    total = float(np.sqrt(sum((leaf**2).sum() for leaf in b.values())))
+    errors = {}
+    for name in a:
+        assert name not in zero or not a[name].any()
+        errors[name] = float(np.linalg.norm(a[name] - b[name]) / (total if name in zero else np.linalg.norm(b[name])))
+    return errors
