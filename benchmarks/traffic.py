@@ -4,9 +4,7 @@
 
 Measured: the step of one small decoder in float32 is compiled for simulated devices, and its collectives are read from
 the program, those in loops as often as they turn. A ring of n devices sends (n - 1) / n of an array to gather it, to
-scatter its sum or to exchange its parts, and twice that to sum it whole (`Collective.sent`). Where the partitioner sums
-whole and each device keeps its slice, XLA:CPU leaves it so, and the compilers of GPU and TPU can make a reduce-scatter
-of it: the second ratio counts it as one. A branch counts as taken.
+scatter its sum or to exchange its parts, and twice that to sum it whole (`Collective.sent`). A branch counts as taken.
 
 The least, in bytes that a device sends in a step. P are the bytes of its parameters where fsdp did not cut them, D the
 width, N its tokens (rows and part of the sequence), L its layers, 4 the bytes of a number, r(n) = (n - 1) / n:
@@ -140,14 +138,12 @@ def compared(case: str) -> dict[str, Any]:
     """One case: the collectives, what they send, and the least."""
     assembly = assembled(case)
     rows, mesh, terms = measured(assembly), assembly.runtime.layout.mesh, least(assembly)
-    sent, scattered = (sum(row.sent(mesh, scattered=as_scatter) for row in rows) for as_scatter in (False, True))
+    sent = sum(row.sent(mesh) for row in rows)
     minimum = sum(terms.values())
     return {
         "sent_bytes": round(sent),
-        "sent_bytes_with_reduce_scatter": round(scattered),
         "least_bytes": round(minimum),
         "ratio": round(sent / minimum, 3),
-        "ratio_with_reduce_scatter": round(scattered / minimum, 3),
         "least_by_axis": {name: round(size) for name, size in terms.items()},
         "collectives": [
             {"kind": row.kind, "axes": row.axes, "count": row.count, "sent_bytes": round(row.sent(mesh))}
@@ -158,12 +154,11 @@ def compared(case: str) -> dict[str, Any]:
 
 def table(cases: dict[str, dict[str, Any]]) -> str:
     """As docs/parallelism.md shows it."""
-    lines = ["| mesh | sent, MB | least, MB | ratio | with reduce-scatter |", "|---|---|---|---|---|"]
+    lines = ["| mesh | sent, MB | least, MB | ratio |", "|---|---|---|---|"]
     for case, row in cases.items():
         mesh, comma, words = case.partition(", ")
         sizes = " | ".join(f"{row[key] / 1e6:.2f}" for key in ("sent_bytes", "least_bytes"))
-        ratios = " | ".join(f"{row[key]:.2f}" for key in ("ratio", "ratio_with_reduce_scatter"))
-        lines.append(f"| `{mesh}`{comma}{words} | {sizes} | {ratios} |")
+        lines.append(f"| `{mesh}`{comma}{words} | {sizes} | {row['ratio']:.2f} |")
     return "\n".join(lines)
 
 

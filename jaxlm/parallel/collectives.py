@@ -3,9 +3,8 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,9 +20,6 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 WORK = ("dot", "convolution", "custom-call", "while", "conditional", "call")
 """Operations, alone or within a fusion, that take long enough to hide a collective that runs beside them."""
-
-MOVES = ("bitcast", "copy", "reshape", "transpose")
-"""Operations that leave all elements of an array as they are."""
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
@@ -41,17 +37,11 @@ class Collective:
     with room for the most that could come; what travels is known only as it runs."""
     overlapped: int = 0
     """Of the executions, those scheduled beside matrix products, kernels or loops, which hide them."""
-    sliced: int = 0
-    """Of the bytes, those of all-reduces of which each device of n then keeps an n-th part only. The partitioner writes
-    reduce-scatters so, and XLA:CPU leaves them."""
 
-    def sent(self, mesh: Mesh, *, scattered: bool = False) -> float:
+    def sent(self, mesh: Mesh) -> float:
         """Bytes that a device sends, where they go around a ring of the n devices of a group: (n - 1) / n of an array
         to gather it, to sum and scatter it, or to exchange its parts; twice that to sum it whole; all of a permuted one
         (Thakur et al. 2005, Optimization of collective communication operations in MPICH).
-
-        Args:
-            scattered: count as reduce-scatters the all-reduces that stand for one (`sliced`).
 
         Raises:
             ValueError: the groups follow no mesh axes, so that it is not known how large they are.
@@ -61,7 +51,7 @@ class Collective:
         devices = math.prod(mesh.shape[AXES[axis]] for axis in self.axes.split("+") if axis in AXES)
         share = (devices - 1) / devices
         sizes = {
-            "all-reduce": 2 * self.bytes - (self.sliced if scattered else 0),
+            "all-reduce": 2 * self.bytes,
             "reduce-scatter": devices * self.bytes,
             "collective-permute": self.bytes / share if share else 0,
         }
@@ -84,7 +74,6 @@ def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
             count=sofar.count + times,
             bytes=sofar.bytes + times * sum(_array_bytes(found.result)),
             overlapped=sofar.overlapped + times * found.overlapped,
-            sliced=sofar.sliced + times * found.sliced(_group_size(found.groups, mesh)),
         )
     return sorted(total.values(), key=lambda row: -row.bytes)
 
@@ -115,8 +104,6 @@ class _Found:
     groups: str
     """What the instruction says of who talks to whom."""
     overlapped: bool = False
-    sliced: Callable[[int], int] = lambda devices: 0
-    """See `Collective`, of groups of so many devices."""
 
 
 def _all(program: Program) -> Iterator[tuple[int, _Found]]:
@@ -150,45 +137,7 @@ def _written_out(program: Program, computation: Computation) -> Iterator[_Found]
                     result = order[end].result
                     overlapped = any(_works(program, other) for other in order[position:end])
                     break
-        sliced = partial(_sliced_bytes, program, computation, instruction)
-        yield _Found(kind=kind, result=result, groups=instruction.rest, overlapped=overlapped, sliced=sliced)
-
-
-def _sliced_bytes(program: Program, computation: Computation, instruction: Instruction, devices: int) -> int:
-    """Bytes of the arrays that an all-reduce gives of which only an n-th part is used."""
-    if instruction.opcode != "all-reduce":
-        return 0
-    sizes = _array_bytes(instruction.result)
-    names = [instruction.name]
-    if instruction.result.startswith("("):
-        parts = {
-            user.element(): user.name
-            for user in computation.instructions.values()
-            if user.opcode == "get-tuple-element" and user.operands == (instruction.name,)
-        }
-        names = [parts.get(index, "") for index in range(len(sizes))]
-    found = zip(names, sizes, strict=True)
-    return sum(size for name, size in found if _only_sliced(program, computation, name, size // devices))
-
-
-def _only_sliced(
-    program: Program, computation: Computation, name: str, wanted: int, after: Callable[[], bool] = lambda: False
-) -> bool:
-    """Whether all that becomes of a value are slices of `wanted` bytes; `after` tells of what is returned."""
-    fates = [after()] if name == computation.root else []
-    for user in computation.instructions.values():
-        for place in (place for place, operand in enumerate(user.operands) if operand == name):
-            onward = partial(_only_sliced, program, computation, user.name, wanted, after)
-            if user.opcode == "dynamic-slice":
-                fates.append(place == 0 and sum(_array_bytes(user.result)) == wanted)
-            elif user.opcode in MOVES:
-                fates.append(onward())
-            elif user.opcode == "fusion":
-                inner = program.computations[user.called("calls")[0]]
-                fates.append(_only_sliced(program, inner, inner.parameters[place], wanted, onward))
-            else:
-                fates.append(False)
-    return bool(fates) and all(fates)
+        yield _Found(kind=kind, result=result, groups=instruction.rest, overlapped=overlapped)
 
 
 def _in_fusions(program: Program, computation: Computation) -> Iterator[_Found]:
@@ -271,11 +220,6 @@ def _axes(line: str, mesh: Mesh) -> str:
             if found == wanted or ("source_target_pairs" in line and all(any(w <= f for f in found) for w in wanted)):
                 return "+".join(FLAG[axis] for _, axis in chosen)
     return "other"
-
-
-def _group_size(line: str, mesh: Mesh) -> int:
-    groups = _groups(line, mesh.size)
-    return max(map(len, groups), default=1) if groups else mesh.size
 
 
 def _groups(line: str, devices: int) -> list[list[int]] | None:

@@ -1,7 +1,5 @@
 """What a device sends in the collectives of a program, on hand-made programs."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -46,22 +44,3 @@ def test_a_device_alone_sends_nothing_and_groups_of_no_axis_are_an_error():
     assert Collective(kind="all-reduce", axes="none", count=1, bytes=32).sent(mesh) == 0
     with pytest.raises(ValueError, match="no axes"):
         Collective(kind="all-reduce", axes="other", count=1, bytes=32).sent(mesh)
-
-
-def test_a_sum_of_which_a_device_keeps_its_part_stands_for_a_reduce_scatter():
-    mesh = mesh_of("dp4")
-
-    def sums(x, keeps):
-        whole = jax.lax.psum(x * x, "data")
-        part = jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index("data") * 16, 16 if keeps else 8)
-        return part * 2.0, jnp.zeros_like(part) if keeps else whole.sum()
-
-    for keeps in (True, False):
-        mapped = jax.shard_map(
-            partial(sums, keeps=keeps), mesh=mesh, in_specs=P(), out_specs=(P("data"), P()), check_vma=False
-        )
-        program = jax.jit(mapped).lower(jax.ShapeDtypeStruct((64, 3), jnp.float32)).compile().as_text()
-        (row,) = collectives(program, mesh)
-        assert (row.kind, row.bytes, row.sliced) == ("all-reduce", 768, 768 if keeps else 0)
-        assert row.sent(mesh) == 2 * 576
-        assert row.sent(mesh, scattered=True) == (576 if keeps else 2 * 576)

@@ -48,11 +48,15 @@ class Program:
 def test_fsdp_gathers_weights_and_tp_moves_activations_alone():
     program = Program("fsdp-tp")
     assert program.kinds("fsdp") >= {"all-gather", "reduce-scatter"}
-    assert program.kinds("tp") == {"all-gather", "all-reduce"}
     # Two gathers a layer in the forward, two in its repetition and two in the backward; two at the ends.
     layers, microbatches, activation = 32, 4, 8192 * 4096 * 2
     assert program.bytes("all-gather", "tp") <= (6 * layers + 2) * microbatches * activation
-    assert program.temporary_bytes < 11e9
+    # Two sums a layer in the forward and two in the backward, of which each chip gets its half; two at the ends.
+    assert program.bytes("reduce-scatter", "tp") == (4 * layers + 2) * microbatches * activation / 2
+    assert program.kinds("tp") == {"all-gather", "reduce-scatter", "all-reduce"}
+    assert program.bytes("all-reduce", "tp") < activation / 4, "statistics of the loss and gradients of norms alone"
+    assert program.bytes("all-reduce", "fsdp") < program.bytes("reduce-scatter", "fsdp") * 32 / 20
+    assert program.temporary_bytes < 12e9
 
 
 def test_memory_of_1f1b_does_not_grow_with_microbatches():
@@ -94,5 +98,6 @@ def test_rows_go_to_the_experts_and_no_expert_goes_to_the_rows():
 
 def test_pipeline_and_ring_and_tensor_together():
     program = Program("pp-cp-tp")
+    assert program.bytes("all-reduce", "tp") < program.bytes("reduce-scatter", "tp") / 100
     assert ("collective-permute", "pp") in program.moved and ("collective-permute", "cp") in program.moved
     assert not [axes for axes in program.branches if "pp" in axes or axes == "other"]
