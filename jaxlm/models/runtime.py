@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.config.schema import PrecisionConfig
-from jaxlm.parallel.rules import Dims, Layout, across
-from jaxlm.parallel.sequence import gather_copies, sum_scatter
+from jaxlm.parallel import sequence
+from jaxlm.parallel.rules import Dims, Layout, across, sum_scatter
 from jaxlm.parallel.zigzag import zigzag
 
 Tree = Any
@@ -70,11 +70,11 @@ class Runtime:
     def copies(self, x: jax.Array) -> jax.Array:
         """The residual stream x [B, T, D] for what is cut over `model`: under sequence parallelism a copy for each of
         its devices [B, T, S, D], otherwise x itself."""
-        return gather_copies(x, self.layout) if self.cuts_residual else x
+        return sequence.gather_copies(x, self.layout) if self.cuts_residual else x
 
     def summed(self, y: jax.Array) -> jax.Array:
         """The residual stream [B, T, D] of what each device of `model` adds to it, [B, T, S, D]."""
-        return sum_scatter(y, self.layout) if self.cuts_residual else y.sum(axis=2)
+        return sequence.sum_scatter(y, self.layout) if self.cuts_residual else y.sum(axis=2)
 
     def cuts(self, dim: str | None) -> bool:
         """Whether `model` cuts `dim`."""
@@ -117,7 +117,7 @@ def _gather_by_hand(layout: Layout, dims: Dims, axes: tuple[str, ...], dtype: jn
         return across(run, value.astype(dtype), spec)
 
     def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-        run = partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
+        run = partial(sum_scatter, axes=axes, dim=dim)
         return (across(run, gradient.astype(value.dtype), spec),)
 
     gather.defvjp(lambda value: (gather(value), None), backward)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxlm.parallel.rules import across, axes_of, cut_by
+from jaxlm.parallel.rules import across, axes_of, cut_by, sum_scatter
 from jaxlm.parallel.schedules import Table
 
 AXIS = "pipeline"
@@ -312,7 +312,7 @@ def reduce_gradients(grads: Tree, held: Tree, wanted: Tree, manual: Sequence[str
         for dim in range(len(wanted)):
             for axis in axes_of(wanted, dim):
                 if axis in missing:
-                    scatter = partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dim, tiled=True)
+                    scatter = partial(sum_scatter, axes=axis, dim=dim)
                     grad = across(scatter, grad, cut_by(held, automatic))
                     missing.remove(axis)
         inner = tuple(axis for axis in missing if axis != "replica")

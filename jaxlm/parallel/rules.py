@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.config.errors import UserError
@@ -136,6 +137,15 @@ def across(run: Callable[[jax.Array], jax.Array], x: jax.Array, spec: PartitionS
         return run(x)
     mesh = jax.sharding.get_abstract_mesh()
     return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=automatic, check_vma=False)(x)
+
+
+def sum_scatter(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
+    """Within a `jax.shard_map`: the sum of `x` over the devices along `axes`, of `dim` the part that is this one's."""
+    # The devices are a dim of their own that comes first: where a dim of size 1 does, TPU's compiler makes an
+    # all-reduce of it, at twice the bytes.
+    devices = jax.lax.axis_size(axes)
+    parts = x.reshape(*x.shape[:dim], devices, x.shape[dim] // devices, *x.shape[dim + 1 :])
+    return jax.lax.psum_scatter(jnp.moveaxis(parts, dim, 0), axes)
 
 
 def cut_by(spec: PartitionSpec, axes: Collection[str]) -> PartitionSpec:

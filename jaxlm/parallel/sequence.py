@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxlm.parallel import rules
 from jaxlm.parallel.rules import Dims, Layout
 
 PARTS: Dims = ("batch", "residual", None)
@@ -48,13 +49,9 @@ def gathered(x_BTD: jax.Array) -> jax.Array:
 
 def scattered(y_BTD: jax.Array, platform: str) -> jax.Array:
     """Within a shard_map: the sum over the devices of `model`, of this one's tokens."""
-    # XLA:CPU aborts on a reduce-scatter of bfloat16 that a shard_map asks for, and TPU's compiler makes an all-reduce
-    # where there is one row, unless the devices are a dim of their own that comes first.
+    # XLA:CPU aborts on a reduce-scatter of bfloat16 that a shard_map asks for.
     dtype = jnp.float32 if platform == "cpu" else y_BTD.dtype
-    batch, length, embed = y_BTD.shape
-    devices = jax.lax.axis_size("model")
-    y_SBTD = y_BTD.astype(dtype).reshape(batch, devices, length // devices, embed).swapaxes(0, 1)
-    return jax.lax.psum_scatter(y_SBTD, "model").astype(y_BTD.dtype)
+    return rules.sum_scatter(y_BTD.astype(dtype), "model", 1).astype(y_BTD.dtype)
 
 
 def _gather(x_BTD: jax.Array, layout: Layout) -> jax.Array:
