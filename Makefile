@@ -16,11 +16,11 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-tpu lint types coverage parity kills benchmarks clean
+.PHONY: help train test test-slow test-tpu lint types coverage parity kills hostile benchmarks clean
 
 help:
 	@sed -n 's/^#  *make /  make /p' Makefile
-	@echo "  make test-slow | test-tpu | lint | types | coverage | parity | kills | benchmarks | clean"
+	@echo "  make test-slow | test-tpu | lint | types | coverage | parity | kills | hostile | benchmarks | clean"
 
 train: $(VENV)/.has-core
 	$(BIN)/python -m jaxlm.train --mesh=dp4,tp2 $(ARGS)
@@ -49,6 +49,9 @@ parity: $(VENV)/.has-test  # an hour or two; goes on where it was stopped
 
 kills: $(VENV)/.has-test  # about half an hour
 	$(BIN)/python -m tests.train.kills --out=benchmarks/results/kills.json --jobs=$(JOBS) $(ARGS)
+
+hostile: $(VENV)/.has-test
+	$(BIN)/python -m tests.hostile --out=benchmarks/results/hostile.json $(ARGS)
 
 benchmarks: $(VENV)/.has-test
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || [ $$? = 2 ] || exit 1; done  # 2: this machine lacks what it needs

@@ -159,8 +159,9 @@ def _parquet(source: Source, text_key: str) -> Iterator[str]:
                 raise UserError(f"{source.path} has no text column {text_key!r} (it has: {keys}); name it (text_key)")
             for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{source.path} is not a whole Parquet file ({error}); fetch it again") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source.path} is not a whole Parquet file ({reason}); fetch it again") from None
 
 
 def _holds_text(kind, pyarrow) -> bool:
