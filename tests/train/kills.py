@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -92,6 +92,15 @@ def main(argv: list[str]) -> int:
         about |= {name: version(name) for name in ("jax", "orbax-checkpoint")}
         write_atomically(Path(options.out), json.dumps(about | {"points": rows}, indent=1) + "\n")
     return int(any(row["different"] for row in rows))
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """As docs/reliability.md shows it."""
+    lines = ["| killed | kills | runs | runs that differ in a bit |", "|---|---|---|---|"]
+    for row in rows:
+        when = f"`{row['point']}`: {POINTS[row['point']]}"
+        lines.append(f"| {when} | {row['kills']} | {row['runs']} | {row['different']} |")
+    return "\n".join(lines)
 
 
 def campaign(folder: Path, whole: Path, point: str, kills: int, seed: int) -> dict[str, Any]:
