@@ -1,11 +1,12 @@
 """Work beside the main thread, while a run starts."""
 
+import builtins
 import importlib
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -34,12 +35,27 @@ def beside(work: Callable[..., T], *arguments: Any) -> Future[tuple[T, float]]:
 
 def import_later_needs() -> None:
     """Import LATER_NEEDS: whoever needs one sooner waits for it."""
-    # For a moment while grain is imported, etils replaces the `import` of the whole process. A thread that imports just
-    # then would get a stand-in; so none may take over while this one has no reason to wait.
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1.0)
-    try:
+    with _lazy_in_this_thread_alone():
         for name in LATER_NEEDS:
             importlib.import_module(name)
+
+
+@contextmanager
+def _lazy_in_this_thread_alone() -> Iterator[None]:
+    """For a moment while grain is imported, etils replaces the `import` of the whole process by one that makes
+    stand-ins. Other threads, which import in that moment too, get the ordinary one here."""
+    from etils.epy import lazy_imports_utils as lazy
+
+    own, stand_in, ordinary = threading.get_ident(), lazy._lazy_import, builtins.__import__
+
+    def chosen(name: str, *arguments: Any, error_callback: Any, success_callback: Any, **others: Any) -> Any:
+        if threading.get_ident() != own:
+            return ordinary(name, *arguments, **others)
+        callbacks = {"error_callback": error_callback, "success_callback": success_callback}
+        return stand_in(name, *arguments, **others, **callbacks)
+
+    lazy._lazy_import = chosen
+    try:
+        yield
     finally:
-        sys.setswitchinterval(usual)
+        lazy._lazy_import = stand_in

@@ -253,7 +253,8 @@ class Run:
             self.store.wait()
             self.events.record("fault", step=step, kind=stopped_by)
             raise Preempted(f"{stopped_by}: saved step {step} to {self.folder}; the same command continues from there")
-        if config.checkpoint.every and step % config.checkpoint.every == 0:
+        # What is saved while numbers are bad would take the place of what the run may have to go back to.
+        if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.watch.in_row:
             with self._one_failed_save(step):
                 self._save(step, state)
         if self.evaluate and step % config.eval.every == 0:

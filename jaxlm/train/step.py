@@ -175,7 +175,7 @@ def train_step(
         grads, total, count, loads = gradients(
             model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients
         )
-        norm = optax.tree.norm(grads) + _poison(state["optimizer"])
+        norm = optax.tree.norm(grads)
         loss = total / jnp.maximum(count, 1.0)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
@@ -205,12 +205,6 @@ def train_step(
         return new, metrics
 
     return step
-
-
-def _poison(optimizer_state: Any) -> jax.Array:
-    """Zero, or not a number where a moment is not finite: what went bad there must not reach the parameters."""
-    numbers = [leaf for leaf in jax.tree.leaves(optimizer_state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return sum(((leaf * 0).sum(dtype=jnp.float32) for leaf in numbers), start=jnp.float32(0))
 
 
 def _next_scale(scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:

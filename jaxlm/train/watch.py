@@ -36,6 +36,11 @@ class Watch:
         self._first: int | None = None
         self._spikes = 0
 
+    @property
+    def in_row(self) -> bool:
+        """Whether the last step was bad."""
+        return self._first is not None
+
     def see(self, step: int, position: int, loss: float, finite: bool) -> None:
         """One step more, with whose batch `position` samples are consumed. Raises BadNumbers once the row is as long
         as the limit."""
