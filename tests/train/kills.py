@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -76,22 +76,27 @@ def main(argv: list[str]) -> int:
     options, _ = load(Options, argv)
     if unknown := set(options.points) - set(POINTS):
         raise UserError(f"no point {', '.join(sorted(unknown))}; the points are {' '.join(POINTS)} (--points)")
+    about = {"command": f"python -m tests.train.kills {' '.join(argv)}", "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    about |= {"git_revision": git_revision(), "python": platform.python_version(), "seed": options.seed}
+    about |= {name: version(name) for name in ("jax", "orbax-checkpoint")}
+    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="jaxlm-kills-") as name, ThreadPoolExecutor(options.jobs) as pool:
         folder = Path(name)
         write_corpus(folder / "corpus")
         whole = folder / "whole"
         finish(folder, whole)
-        rows = list(pool.map(lambda point: campaign(folder, whole, point, options.kills, options.seed), options.points))
-    for row in rows:
-        print(
-            f"{row['point']:14} {row['kills']:3} kills in {row['runs']} runs, {row['different']} different", flush=True
-        )
-    if options.out:
-        about = {"command": f"python -m tests.train.kills {' '.join(argv)}", "date": f"{datetime.now(UTC):%Y-%m-%d}"}
-        about |= {"git_revision": git_revision(), "python": platform.python_version(), "seed": options.seed}
-        about |= {name: version(name) for name in ("jax", "orbax-checkpoint")}
-        write_atomically(Path(options.out), json.dumps(about | {"points": rows}, indent=1) + "\n")
-    return int(any(row["different"] for row in rows))
+        work = {pool.submit(campaign, folder, whole, point, options.kills, options.seed) for point in options.points}
+        for done in as_completed(work):
+            row = done.result()
+            rows[row["point"]] = row
+            print(
+                f"{row['point']:14} {row['kills']:3} kills in {row['runs']} runs, {row['different']} different",
+                flush=True,
+            )
+            if options.out:
+                ordered = [rows[point] for point in POINTS if point in rows]
+                write_atomically(Path(options.out), json.dumps(about | {"points": ordered}, indent=1) + "\n")
+    return int(any(row["different"] for row in rows.values()))
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
