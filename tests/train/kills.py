@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -97,15 +97,6 @@ def main(argv: list[str]) -> int:
                 ordered = [rows[point] for point in POINTS if point in rows]
                 write_atomically(Path(options.out), json.dumps(about | {"points": ordered}, indent=1) + "\n")
     return int(any(row["different"] for row in rows.values()))
-
-
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """As docs/reliability.md shows it."""
-    lines = ["| killed | kills | runs | runs that differ in a bit |", "|---|---|---|---|"]
-    for row in rows:
-        when = f"`{row['point']}`: {POINTS[row['point']]}"
-        lines.append(f"| {when} | {row['kills']} | {row['runs']} | {row['different']} |")
-    return "\n".join(lines)
 
 
 def campaign(folder: Path, whole: Path, point: str, kills: int, seed: int) -> dict[str, Any]:
