@@ -145,9 +145,25 @@ def batches(
     Yields:
         (position after the batch, arrays by name, seconds waited for it). Errors of the thread are raised here.
     """
-    length = loader.config.sequence_length
     positions = range(position, 2**62 if stop is None else stop, batch_size)
-    return Batches(functools.partial(_device_batch, loader, (batch_size, length), sharding_for), positions, prefetch)
+    return Batches(lambda first: batch_at(loader, first, batch_size, sharding_for), positions, prefetch)
+
+
+def batch_at(
+    loader: Loader, position: int, batch_size: int, sharding_for: Callable[[str], Sharding]
+) -> dict[str, jax.Array]:
+    """The global batch whose first sample is number `position`, made now; arguments as those of `batches`."""
+    shape = (batch_size, loader.config.sequence_length)
+    read = functools.cache(lambda start, stop: loader.rows(position, start, stop))
+
+    def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return read(start, stop)[name][:, index[1]]
+
+    names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    return {
+        name: jax.make_array_from_callback(shape, sharding_for(name), functools.partial(part, name)) for name in names
+    }
 
 
 def _check_length(corpora: Corpora, split: SplitName, config: DataConfig) -> None:
@@ -161,21 +177,6 @@ def _check_length(corpora: Corpora, split: SplitName, config: DataConfig) -> Non
             f"--data.sequence-length={config.sequence_length} is too long for the {split} split, which has {tokens} "
             f"tokens in {documents} documents; use at most {max(tokens - 1, 1)}, or give more text"
         )
-
-
-def _device_batch(
-    loader: Loader, shape: tuple[int, int], sharding_for: Callable[[str], Sharding], position: int
-) -> dict[str, jax.Array]:
-    read = functools.cache(lambda start, stop: loader.rows(position, start, stop))
-
-    def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
-        start, stop, _ = index[0].indices(shape[0])
-        return read(start, stop)[name][:, index[1]]
-
-    names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-    return {
-        name: jax.make_array_from_callback(shape, sharding_for(name), functools.partial(part, name)) for name in names
-    }
 
 
 class _Thread(threading.Thread):

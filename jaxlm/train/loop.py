@@ -112,7 +112,7 @@ class Run:
         self.position = self.seen_tokens = 0
         self.profiling = False
         self.failed_saves = 0
-        self.watch, self.rewinds, self.rewound_to = Watch(self.config.train.max_skipped), 0, 0
+        self.watch, self.rewinds, self.rewound_to = Watch(self.config.train.max_skipped), 0, -1
         self.evaluate: Evaluator | None = None
         if self.config.eval.every and not corpora.documents("validation"):
             progress.say("no evaluation: a corpus of one document (or copies of it) leaves nothing to hold out")
@@ -176,6 +176,7 @@ class Run:
         if step is None:
             raise self._diverged(bad, f"{bad}, and there is no checkpoint before them to go back to: {cure}")
         self.store.forget_after(step)
+        self.furthest = max(self.furthest, bad.step)
         start = resume.begin(self.assembly, self.store, step)
         self.tracker.rewind(step)
         self.watch.restart()
@@ -269,6 +270,7 @@ class Run:
         try:
             self.watch.see(step, pending.position, values["loss"], values.pop("streak") == 0)
         except BadNumbers as bad:
+            self._enter("compile", step)  # of the program that measures, and maybe a restore: longer than any step
             path = forensics.record(self.folder, self.assembly, self.loader, state, bad)
             self.progress.say(f"what is known of step {bad.first} is in {path}")
             raise
