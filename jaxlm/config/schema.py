@@ -38,12 +38,10 @@ class ModelConfig:
     """Feed-forward nonlinearity; gelu is exact (erf)."""
     vocabulary: int | None = None
     """Token ids the model knows, before padding (default: the tokenizer's; it may be larger, never smaller)."""
-    norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm (with bias) or RMSNorm."""
+    norm: Literal["layer", "rms", "rms_offset"] = "layer"
+    """LayerNorm (with bias), RMSNorm, or RMSNorm that multiplies by 1 + weight (Gemma)."""
     norm_epsilon: float = 1e-5
     """Added to the variance inside a norm."""
-    norm_offset: bool = False
-    """The norm multiplies by 1 + weight (Gemma)."""
     norm_placement: Literal["pre", "post", "sandwich"] = "pre"
     """Norm of a sublayer's input, of its output (OLMo 2), or of both (Gemma 2)."""
     positions: Literal["learned", "rotary", "none"] = "learned"
@@ -63,12 +61,9 @@ class ModelConfig:
     rope_frequencies: tuple[float, ...] = (1.0, 4.0)
     """Turns per original context below which a frequency is fully stretched, and above which it is left alone (yarn
     calls them beta_slow and beta_fast)."""
-    qkv_bias: bool = True
-    """Biases on the query, key and value projections."""
-    output_bias: bool = True
-    """Bias on the attention output projection."""
-    mlp_bias: bool = True
-    """Biases in the feed-forward layer."""
+    biases: tuple[Literal["qkv", "output", "mlp"], ...] = ("qkv", "output", "mlp")
+    """Which projections have biases: queries, keys and values, attention's output, the feed-forward layer (none: write
+    nothing after the =, or [] in a recipe)."""
     qk_norm: Literal["none", "head", "projection"] = "none"
     """RMSNorm of queries and keys: of each head (Qwen 3, Gemma 3) or of the whole projection (OLMo 2)."""
     windows: tuple[int, ...] = ()

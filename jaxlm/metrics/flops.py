@@ -65,7 +65,7 @@ def parameter_count(model: ModelConfig, vocabulary: int) -> int:
     qk_norms = {"none": 0, "head": 2 * model.head_width, "projection": query + kv}[model.qk_norm]
     block = _attention_kernels(model) + qk_norms
     block += norm * (4 if model.norm_placement == "sandwich" else 2)
-    block += (query + 2 * kv) * model.qkv_bias + embed * model.output_bias
+    block += (query + 2 * kv) * ("qkv" in model.biases) + embed * ("output" in model.biases)
     block += max(model.experts, 1) * _mlp_parameters(model, model.mlp)
     if model.experts:
         block += (embed + (model.balance_rate > 0)) * model.experts
@@ -150,4 +150,4 @@ def _mlp_kernels(model: ModelConfig) -> int:
 def _mlp_parameters(model: ModelConfig, width: int) -> int:
     """All parameters of one feed-forward layer of this width."""
     inwards = 2 if model.gated else 1
-    return model.embed * width * (inwards + 1) + (width * inwards + model.embed) * model.mlp_bias
+    return model.embed * width * (inwards + 1) + (width * inwards + model.embed) * ("mlp" in model.biases)

@@ -54,7 +54,7 @@ class Attention(nnx.Module):
 
     def __init__(self, rngs, config: ModelConfig):
         embed, heads, kv, size = config.embed, config.heads, config.key_value_heads, config.head_width
-        std, bias = embed**-0.5, config.qkv_bias
+        std, bias = embed**-0.5, "qkv" in config.biases
         self.config = config
         self.query = Linear(rngs, (embed, heads, size), ("embed", "heads", None), bias=bias, std=std)
         # A constant added to every key shifts all logits of a query alike, which softmax ignores: without rotation,
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
             (heads, size, embed),
             ("heads", None, "embed"),
             inputs=2,
-            bias=config.output_bias,
+            bias="output" in config.biases,
             std=(heads * size) ** -0.5 / math.sqrt(2 * config.layers),
         )
         if config.qk_norm == "head":

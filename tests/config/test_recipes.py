@@ -26,8 +26,9 @@ def parameters(m):
     kv = m.kv_heads or m.heads
     norm = 2 * m.embed if m.norm == "layer" else m.embed
     attention = m.embed * head * (2 * m.heads + 2 * kv)
-    attention += head * (m.heads + 2 * kv) * m.qkv_bias + m.embed * m.output_bias
-    mlp = m.embed * m.mlp * (3 if m.gated else 2) + (m.embed + m.mlp * (2 if m.gated else 1)) * m.mlp_bias
+    attention += head * (m.heads + 2 * kv) * ("qkv" in m.biases) + m.embed * ("output" in m.biases)
+    mlp = m.embed * m.mlp * (3 if m.gated else 2)
+    mlp += (m.embed + m.mlp * (2 if m.gated else 1)) * ("mlp" in m.biases)
     mlp = mlp * max(m.experts, 1) + m.embed * m.experts
     tables = m.vocabulary * m.embed * (1 if m.tied else 2) + m.max_positions * m.embed * (m.positions == "learned")
     return m.layers * (attention + mlp + 2 * norm) + norm + tables

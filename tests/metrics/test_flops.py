@@ -28,9 +28,7 @@ LLAMA_8B = ModelConfig(
     gated=True,
     norm="rms",
     positions="rotary",
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
+    biases=(),
     tied=False,
 )
 
@@ -64,7 +62,7 @@ def test_mixtral_8x7b_by_hand():
     [
         {},
         {"shared_experts": 2, "router": "sigmoid", "balance_rate": 0.1},
-        {"gated": True, "mlp_bias": False, "shared_experts": 1},
+        {"gated": True, "biases": ("qkv", "output"), "shared_experts": 1},
     ],
 )
 def test_experts_of_the_model_that_is_built(keys):
@@ -145,9 +143,9 @@ def test_explain_shows_the_arithmetic_and_the_peak():
     [
         {},
         {"kv_heads": 1, "head_size": 48, "gated": True, "tied": False, "positions": "rotary"},
-        {"norm": "rms", "norm_placement": "sandwich", "qk_norm": "head", "qkv_bias": False},
-        {"norm": "rms", "norm_placement": "post", "qk_norm": "projection", "kv_heads": 2, "mlp_bias": False},
-        {"output_bias": False, "positions": "none", "mlp": 100},
+        {"norm": "rms", "norm_placement": "sandwich", "qk_norm": "head", "biases": ("output", "mlp")},
+        {"norm": "rms", "norm_placement": "post", "qk_norm": "projection", "kv_heads": 2, "biases": ("qkv", "output")},
+        {"biases": ("qkv", "mlp"), "positions": "none", "mlp": 100},
     ],
 )
 def test_parameter_count_is_that_of_the_model_built(change):

@@ -27,13 +27,13 @@ GPT2 = ModelConfig(layers=2, embed=32, heads=4, mlp=48, vocabulary=61, max_posit
 LLAMA3 = ModelConfig(
     layers=2, embed=32, heads=4, kv_heads=2, mlp=48, vocabulary=61, gated=True, activation="silu", norm="rms",
     positions="rotary", rope_theta=50.0, rope_scaling="llama3", rope_factor=8.0, rope_original_length=16,
-    qkv_bias=False, output_bias=False, mlp_bias=False, tied=False,
+    biases=(), tied=False,
 )  # fmt: skip
 MISTRAL = dataclasses.replace(LLAMA3, rope_scaling="none", windows=(5,), head_size=16)
-QWEN2 = dataclasses.replace(LLAMA3, rope_scaling="none", qkv_bias=True, tied=True)
+QWEN2 = dataclasses.replace(LLAMA3, rope_scaling="none", biases=("qkv",), tied=True)
 QWEN3 = dataclasses.replace(LLAMA3, rope_scaling="none", qk_norm="head")
 GEMMA2 = dataclasses.replace(
-    LLAMA3, layers=3, rope_scaling="none", windows=(8, 0), norm_offset=True, norm_placement="sandwich", tied=True,
+    LLAMA3, layers=3, rope_scaling="none", windows=(8, 0), norm="rms_offset", norm_placement="sandwich", tied=True,
     embed_scale=True, activation="gelu_tanh", attention_softcap=2.0, logit_softcap=1.5, query_scale=0.3, head_size=16,
 )  # fmt: skip
 GEMMA3 = dataclasses.replace(
@@ -45,9 +45,9 @@ OLMO2 = dataclasses.replace(
 )
 BARE = ModelConfig(
     layers=1, embed=16, heads=2, kv_heads=1, mlp=24, vocabulary=40, positions="none", activation="relu",
-    norm_placement="sandwich", windows=(3, 0, 7), mlp_bias=False,
+    norm_placement="sandwich", windows=(3, 0, 7), biases=("qkv", "output"),
 )  # fmt: skip
-EXACT_GELU = dataclasses.replace(GPT2, activation="gelu", norm="rms", output_bias=False, layers=3, windows=(4, 0))
+EXACT_GELU = dataclasses.replace(GPT2, activation="gelu", norm="rms", biases=("qkv", "mlp"), layers=3, windows=(4, 0))
 FAMILIES = {
     "gpt2": GPT2, "llama3": LLAMA3, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gemma2": GEMMA2,
     "gemma3": GEMMA3, "olmo2": OLMO2, "bare": BARE, "exact-gelu": EXACT_GELU,
@@ -107,7 +107,7 @@ ACTIVATIONS = {
 
 
 def norm(x, p, config, kind=None):
-    scale = p["scale"] + 1 if config.norm_offset else p["scale"]
+    scale = p["scale"] + 1 if config.norm == "rms_offset" else p["scale"]
     if (kind or config.norm) == "layer":
         centred = x - x.mean(-1, keepdims=True)
         return centred / np.sqrt(centred.var(-1, keepdims=True) + config.norm_epsilon) * scale + p["bias"]
@@ -237,7 +237,7 @@ def test_family_computes_what_its_paper_says(name):
         ("gemma2", "attention_softcap", None),
         ("gemma2", "logit_softcap", None),
         ("gemma2", "query_scale", None),
-        ("gemma2", "norm_offset", False),
+        ("gemma2", "norm", "rms"),
         ("gemma2", "embed_scale", False),
         ("gemma2", "activation", "gelu"),
         ("gemma3", "rope_local_theta", None),
@@ -308,9 +308,9 @@ def test_every_parameter_is_described_once(name):
     assert ("head.kernel" in shapes) == (not config.tied)
     assert ("positions.embedding" in shapes) == (config.positions == "learned")
     assert ("blocks.mlp.gate.kernel" in shapes) == config.gated
-    assert ("blocks.attention.query.bias" in shapes) == config.qkv_bias
-    assert ("blocks.attention.output.bias" in shapes) == config.output_bias
-    assert ("blocks.mlp.down.bias" in shapes) == config.mlp_bias
+    assert ("blocks.attention.query.bias" in shapes) == ("qkv" in config.biases)
+    assert ("blocks.attention.output.bias" in shapes) == ("output" in config.biases)
+    assert ("blocks.mlp.down.bias" in shapes) == ("mlp" in config.biases)
     assert ("blocks.attention_norm.scale" in shapes) == (config.norm_placement != "post")
     assert ("blocks.attention_post_norm.scale" in shapes) == (config.norm_placement != "pre")
     assert ("final_norm.bias" in shapes) == (config.norm == "layer")

@@ -71,7 +71,7 @@ PUBLISHED = {
             **{"use_sliding_window": False, "max_window_layers": 24, "use_mrope": False, "vocab_size": 151936},
             **{"tie_word_embeddings": True, "max_position_embeddings": 32768},
         },
-        {"qkv_bias": True, "output_bias": False, "windows": ()},
+        {"biases": ("qkv",), "windows": ()},
     ),
     "Qwen3-0.6B": (
         596_049_920,
@@ -107,7 +107,7 @@ PUBLISHED = {
             **{"rope_theta": 1000000, "rope_local_base_freq": 10000, "sliding_window": 512, "vocab_size": 262144},
             **{"eos_token_id": [1, 106], "bos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 32768},
         },
-        {"rope_local_theta": 10000.0, "rope_theta": 1000000.0, "logit_softcap": None, "norm_offset": True},
+        {"rope_local_theta": 10000.0, "rope_theta": 1000000.0, "logit_softcap": None, "norm": "rms_offset"},
     ),
     "OLMo-2-7B": (
         7_298_617_344,

@@ -193,6 +193,7 @@ def effective(model: ModelConfig) -> ModelConfig:
         query_scale=model.query_scale or model.head_width**-0.5,
         rope_local_theta=local,
         windows=shortest(windows_of(model)),
+        biases=tuple(sorted(set(model.biases))),
     )
 
 
