@@ -35,6 +35,8 @@ from jaxlm.train.beside import beside, import_later_needs
 from jaxlm.train.evaluate import Evaluator
 from jaxlm.train.faults import StopRequest, alone, not_waiting_for_others
 from jaxlm.train.meter import Meter
+from jaxlm.train.profiler import Profiler
+from jaxlm.train.replicas import Differing, Replicas
 from jaxlm.train.sample import write_sample
 from jaxlm.train.state import State
 from jaxlm.train.step import Batch, Metrics
@@ -110,9 +112,10 @@ class Run:
         self.meter, self.clock = Meter(assembly), Goodput()
         self.furthest = max((line["step"] for line in read(folder / "metrics.superseded.jsonl")), default=0)
         self.position = self.seen_tokens = 0
-        self.profiling = False
+        self.profiler = Profiler(folder, self.config.profile.steps, progress.say)
         self.failed_saves = 0
         self.watch, self.rewinds, self.rewound_to = Watch(self.config.train.max_skipped), 0, -1
+        self.replicas = Replicas(assembly.plan.abstract)
         self.evaluate: Evaluator | None = None
         if self.config.eval.every and not corpora.documents("validation"):
             progress.say("no evaluation: a corpus of one document (or copies of it) leaves nothing to hold out")
@@ -146,11 +149,11 @@ class Run:
             while True:
                 try:
                     state = self._steps(compiled, state, step, stop)
-                    break
-                except BadNumbers as error:
+                    self._finish(state)
+                    return
+                except (BadNumbers, Differing) as error:
                     bad = error.with_traceback(None)  # which would keep the state alive
-                state, step = self._rewind(bad)
-            self._finish(state)
+                state, step = self._rewind(bad) if isinstance(bad, BadNumbers) else self._redo(bad)
 
     def _claim(self, step: int) -> None:
         """Make the folder this run's, once nothing but training can fail: a mistake that shows only while compiling
@@ -186,7 +189,27 @@ class Run:
         say(f"{bad}; going back to step {step}, without samples {samples[0]:,} to {samples[1]:,}")
         return start.state, step
 
-    def _diverged(self, bad: BadNumbers, line: str) -> Diverged:
+    def _redo(self, bad: Differing) -> tuple[State, int]:
+        """Go back to where a restart would begin, and on with the same data: the state and step to go on with."""
+        most, say = self.config.train.max_rewinds, self.progress.say
+        self.rewinds += 1
+        with self._one_failed_save(bad.step):
+            self.store.wait()
+        if self.rewinds > most:
+            last = max(self.store.steps(), default=None)
+            where = "from the beginning" if last is None else f"from checkpoint {last}"
+            cure = f"look for a faulty device; the same command continues {where}, which was saved before"
+            raise self._diverged(bad, f"{bad}; it went back {most} times (--train.max-rewinds): {cure}")
+        start = resume.begin(self.assembly, self.store, resume.choose(self.store, "auto", say))
+        self.tracker.rewind(start.step)
+        self.watch.restart()
+        self.furthest, self.rewound_to = max(self.furthest, bad.step), -1
+        self.position, self.seen_tokens = start.position, start.seen_tokens
+        self.events.record("fault", step=bad.step, kind="redo", to=start.step)
+        say(f"{bad}; doing the steps after {start.step} again, with the same data")
+        return start.state, start.step
+
+    def _diverged(self, bad: BadNumbers | Differing, line: str) -> Diverged:
         self.events.record("fault", step=bad.step, kind="diverged")
         return Diverged(line)
 
@@ -220,7 +243,7 @@ class Run:
             for self.position, batch, waited in stream:
                 step += 1
                 self._enter("step", step)
-                self._profile(step, state)
+                self.profiler.before(step, state)
                 state, metrics = compiled(state, batch)
                 faultpoints.point("step")
                 self.seen_tokens += size * length
@@ -237,7 +260,7 @@ class Run:
         self._enter("step", step)
         if pending:
             self._read(pending, state)
-        self._profile(None, state)
+        self.profiler.before(None, state)
         return state
 
     def _due(self, step: int) -> bool:
@@ -249,8 +272,11 @@ class Run:
         config = self.config
         began = time.perf_counter()
         if stopped_by:
-            self._profile(None, state)
-            self._save(step, state)
+            self.profiler.before(None, state)
+            try:
+                self._save(step, state)
+            except Differing as bad:
+                raise Preempted(f"{stopped_by}: {bad}, so nothing was saved; the same command continues") from None
             self.store.wait()
             self.events.record("fault", step=step, kind=stopped_by)
             raise Preempted(f"{stopped_by}: saved step {step} to {self.folder}; the same command continues from there")
@@ -298,7 +324,11 @@ class Run:
             self.progress.say(f"warning: {error}; training goes on to the next save")
 
     def _save(self, step: int, state: State) -> None:
+        """Save what all devices agree on. Raises Differing, SaveFailed."""
         self._enter("save", step)
+        if found := self.replicas.differing(state):
+            self.events.record("fault", step=step, kind="replicas differ", arrays=[str(one) for one in found])
+            raise Differing(step, found)
         meta = {
             "step": step,
             "position": self.position,
@@ -346,25 +376,6 @@ class Run:
         if jax.process_index() == 0:
             self.progress.say(goodput.describe(goodput.of_run(read(self.folder / "events.jsonl"))))
         self.progress.say(f"done: {step} steps in {self.folder}")
-
-    def _profile(self, step: int | None, state: State) -> None:
-        """Start or stop the profiler where `step`, which comes next, enters or leaves its window; None: no more steps.
-
-        A run that is continued within the window records the rest of it.
-        """
-        if not self.config.profile.steps:
-            return
-        first, last = profile_window(self.config.profile.steps)
-        inside = step is not None and first <= step <= last
-        if inside == self.profiling:
-            return
-        jax.block_until_ready(state)  # so that the steps of the window are in it whole, and no others
-        self.profiling = inside
-        if inside:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-        else:
-            jax.profiler.stop_trace()
-            self.progress.say(f"profile of steps {first} to {last} in {self.folder / 'profile'}")
 
 
 class _Pending(NamedTuple):
