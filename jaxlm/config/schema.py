@@ -245,6 +245,9 @@ class CheckpointConfig:
     """Newest checkpoints kept; 0 keeps all."""
     keep_every: int = 0
     """Checkpoints of steps divisible by this are never deleted; 0 turns it off."""
+    on_failure: Literal["continue", "wait"] = "continue"
+    """After a save that failed (disk full): train on to the next one, and end the run if that fails too; or stand still
+    and try again until it works."""
 
 
 @dataclass(frozen=True, kw_only=True)

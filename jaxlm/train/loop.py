@@ -45,6 +45,9 @@ from jaxlm.train.watch import BadNumbers, Watch
 Say = Callable[[str], None]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
+RETRY_SECONDS = 30.0
+"""Between tries to save with `--checkpoint.on-failure=wait`."""
+
 
 def run(config: RunConfig) -> None:
     """Train as `config` says, continuing what its run folder holds, and leave the result there.
@@ -265,7 +268,12 @@ class Run:
 
     def _due(self, step: int) -> bool:
         every = (self.config.checkpoint.every, self.config.eval.every)
-        return any(n and step % n == 0 for n in every)
+        return self._must_save or any(n and step % n == 0 for n in every)
+
+    @property
+    def _must_save(self) -> bool:
+        """Whether training stands still until a save works."""
+        return self.failed_saves > 0 and self.config.checkpoint.on_failure == "wait" and not self.watch.in_row
 
     def _between(self, step: int, state: State, stopped_by: str | None) -> None:
         """What happens between two steps: evaluation, a save, or the end that a signal asked for."""
@@ -274,14 +282,15 @@ class Run:
         if stopped_by:
             self.profiler.before(None, state)
             try:
-                self._save(step, state)
+                self._save_whole(step, state)
             except Differing as bad:
                 raise Preempted(f"{stopped_by}: {bad}, so nothing was saved; the same command continues") from None
-            self.store.wait()
             self.events.record("fault", step=step, kind=stopped_by)
             raise Preempted(f"{stopped_by}: saved step {step} to {self.folder}; the same command continues from there")
         # What is saved while numbers are bad would take the place of what the run may have to go back to.
-        if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.watch.in_row:
+        if self._must_save:
+            self._save_whole(step, state)
+        elif config.checkpoint.every and step % config.checkpoint.every == 0 and not self.watch.in_row:
             with self._one_failed_save(step):
                 self._save(step, state)
         if self.evaluate and step % config.eval.every == 0:
@@ -313,15 +322,31 @@ class Run:
     @contextmanager
     def _one_failed_save(self, step: int) -> Iterator[None]:
         """One save that fails is said and survived: the next may find room again. Two in a row end the run, before the
-        work that a third would lose."""
+        work that a third would lose, unless it is to wait."""
+        waits = self.config.checkpoint.on_failure == "wait"
         try:
             yield
         except SaveFailed as error:
             self.failed_saves += 1
             self.events.record("fault", step=step, kind="save failed", message=str(error))
-            if self.failed_saves > 1:
+            if self.failed_saves > 1 and not waits:
                 raise
-            self.progress.say(f"warning: {error}; training goes on to the next save")
+            then = "stands still until a save works" if waits else "goes on to the next save"
+            self.progress.say(f"warning: {error}; training {then}")
+
+    def _save_whole(self, step: int, state: State) -> None:
+        """Save, and go on once it is on disk: with `--checkpoint.on-failure=wait` however many tries that takes."""
+        if self.config.checkpoint.on_failure != "wait":
+            self._save(step, state)
+            self.store.wait()
+            return
+        while True:
+            with self._one_failed_save(step):
+                self._save(step, state)
+                self.store.wait()
+                self.failed_saves = 0
+                return
+            time.sleep(RETRY_SECONDS)
 
     def _save(self, step: int, state: State) -> None:
         """Save what all devices agree on. Raises Differing, SaveFailed."""
@@ -353,7 +378,8 @@ class Run:
         )
 
     def _finish(self, state: State) -> None:
-        self._save(self.config.train.steps, state)
+        save = self._save_whole if self.config.checkpoint.on_failure == "wait" else self._save
+        save(self.config.train.steps, state)
         self._close(state, self.config.train.steps)
 
     def _ended(self, step: int) -> bool:
