@@ -291,7 +291,6 @@ def outcome(chaos: Chaos, whole: Job, last: int) -> dict[str, Any]:
         "seconds": {name: round(seconds, 1) for name, seconds in spent.items()},
         "growth": {
             "supervisor, disturbed": growth(job.samples, "supervisor"),
-            "rank, disturbed": growth(job.samples, "rank", 0),
             "supervisor, undisturbed": growth(whole.samples, "supervisor"),
             "rank, undisturbed": growth(whole.samples, "rank"),
         },
