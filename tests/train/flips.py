@@ -1,7 +1,7 @@
 """`make flips`: flip one bit of a run's numbers, thousands of times, and see what notices.
 
-A small decoder trains on a mesh of simulated devices. After one of the steps between two saves, or within it, one bit of
-one number is flipped, and the steps up to the next save are done as the loop does them. Three things may notice:
+A small decoder trains on a mesh of simulated devices. After one of the steps between two saves, or within it, one bit
+of one number is flipped, and the steps up to the next save are done as the loop does them. Three things may notice:
 
 - watch: the loop's watch over losses and gradients (`jaxlm.train.watch`) gives up, and the run goes back;
 - checksum: the comparison of copies before the save (`jaxlm.train.replicas`), and the run goes back;
@@ -12,6 +12,7 @@ Where nothing notices, either no bit of what the run logs, saves or goes on with
 something is, and this is a miss.
 """
 
+import dataclasses
 import json
 import platform
 import random
@@ -28,7 +29,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.provenance import git_revision
 from jaxlm.config.cli import run
@@ -41,10 +42,12 @@ from jaxlm.train.assemble import Assembly
 from jaxlm.train.replay import COMPARED
 from jaxlm.train.replicas import Replicas
 from jaxlm.train.watch import WINDOW, BadNumbers, Watch
-from tests.train.battery import batch, build, configuration, place
+from tests.train.battery import LLAMA, batch, build, configuration, place
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "reliability.md", ROOT / "benchmarks" / "results" / "flips.json"
+
+BEGIN, END = "<!-- flips: make flips -->\n", "<!-- end -->"
 
 EVERY = 8
 """Steps from one save to the next."""
@@ -62,7 +65,7 @@ TARGETS = {
     "first moments, all copies": "the same, wherever it is held",
     "second moments, one copy": "Adam's mean of squares, on one of the devices that hold it",
     "second moments, all copies": "the same, wherever it is held",
-    "gradients, before their sum": "what one device adds to the sum over the batch",
+    "gradients, before their sum": "what one of the devices that share the batch adds to the sum over `dp`",
     "gradients, after their sum": "the sum, on one device",
 }
 """Name -> what is flipped."""
@@ -80,8 +83,8 @@ class Options:
     """Whether to write the tables of docs/reliability.md anew."""
     flips: int = 40
     """Flips of each bit of each target on each mesh."""
-    meshes: tuple[str, ...] = ()
-    """The meshes (default: all)."""
+    mesh: str | None = None
+    """The mesh (default: all)."""
     seed: int = 0
     """Seed of where the flips fall."""
 
@@ -102,14 +105,14 @@ class Flip(NamedTuple):
 def main(argv: list[str]) -> int:
     """Write the results. Exit code 1 where something that is different was noticed by nothing at all."""
     options, _ = load(Options, argv)
-    if unknown := set(options.meshes) - set(MESHES):
-        raise UserError(f"no mesh {', '.join(sorted(unknown))} here; the meshes are {'; '.join(MESHES)} (--meshes)")
+    if options.mesh not in (None, *MESHES):
+        raise UserError(f"--mesh={options.mesh} is none of {'; '.join(MESHES)}")
     about = {"command": f"python -m tests.train.flips {' '.join(argv)}", "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     about |= {"git_revision": git_revision(), "python": platform.python_version(), "seed": options.seed}
     about |= {"jax": version("jax"), "save_every_steps": EVERY, "flips_of_each": options.flips}
     jax.config.update("jax_num_cpu_devices", 4)
     rows: list[dict[str, Any]] = []
-    for mesh in options.meshes or MESHES:
+    for mesh in [options.mesh] if options.mesh else MESHES:
         study = Study(mesh)
         for target in TARGETS:
             rows += study.rows(target, options.flips, options.seed)
@@ -130,7 +133,12 @@ class Study:
     def __init__(self, mesh: str) -> None:
         name, _, zero = mesh.partition(" ")
         self.mesh = mesh
-        self.config = configuration("llama", optimizer__shard="data" if zero else "none")
+        self.config = configuration(
+            dataclasses.replace(LLAMA, embed=32, mlp=64),
+            optimizer__shard="data" if zero else "none",
+            optimizer__learning_rate=4e-3,
+            train__steps=1000,
+        )
         self.assembly = build(self.config, name)
         self.devices = list(self.assembly.runtime.layout.mesh.devices.flat)
         self.replicas = Replicas(self.assembly.plan.abstract)
@@ -181,14 +189,11 @@ class Study:
         return self._noticed(state, after, flip)
 
     def _of_gradients(self, where: str, bit: int, source: random.Random) -> Flip:
-        leaves = jax.tree.leaves(self.assembly.plan.abstract["params"])
-        leaf, before = source.randrange(len(leaves)), where.startswith("before")
+        before, leaves = where.startswith("before"), len(jax.tree.leaves(self.assembly.plan.gradients))
         mesh = self.assembly.runtime.layout.mesh
-        shape = leaves[leaf].shape
-        spread = jax.tree.leaves(self.assembly.plan.gradients)[leaf]
-        size = int(np.prod(shape if before else spread.shard_shape(shape)))
-        count = len(self.devices) // (mesh.shape["model"] if before else 1)
-        return Flip(1 if before else 2, leaf, source.randrange(count), source.randrange(size), bit)
+        count = mesh.size // (mesh.shape["model"] if before else 1)
+        at = source.randrange(2**30)
+        return Flip(1 if before else 2, source.randrange(leaves), source.randrange(count), at, bit)
 
     def _of_state(self, what: str, where: str, source: random.Random) -> tuple[int, list[jax.Device]] | None:
         """A leaf of `what`, and the devices on which it is flipped: one of several, or all that hold a slice."""
@@ -212,33 +217,103 @@ class Study:
         watch, noticed, different = Watch(self.config.train.max_skipped), [], False
         for loss in self.losses[after : WINDOW + after]:
             watch.see(0, 0, loss, True)
+        # What is bad when the save is due is not saved: it goes on until it is good again, or the run goes back.
         for number in range(after, EVERY + self.config.train.max_skipped):
-            if number >= EVERY and not (watch.in_row and not noticed):
-                break  # what is bad is not saved: it goes on until it is good again, or the run goes back
+            if number >= EVERY and not watch.in_row:
+                break
             state, logged = self._step(state, WINDOW + number, flip if number == after else Flip())
             if number < EVERY:
+                saved = state
                 different |= any(repr(logged[k]) != repr(self.logged[WINDOW + number][k]) for k in COMPARED)
             try:
                 watch.see(WINDOW + number, 0, logged["loss"], logged["streak"] == 0)
             except BadNumbers:
                 noticed.append("watch")
-            if number == EVERY - 1:
-                saved = state
+                break
         if self.replicas.differing(saved):
             noticed.append("checksum")
-        if different or written(saved) != written(self.states[-1]):
+        if different or self._differs(saved, copies=False):
             noticed.append("replay")
-        elsewhere = any(bits(a, all_) != bits(b, all_) for all_ in (True,) for a, b in self._pairs(saved))
-        return noticed or (["missed"] if elsewhere else ["harmless"])
+        return noticed or (["missed"] if self._differs(saved, copies=True) else ["harmless"])
 
-    def _pairs(self, state: Any) -> Iterator[tuple[jax.Array, jax.Array]]:
-        return zip(jax.tree.leaves(state), jax.tree.leaves(self.states[-1]), strict=True)
-
-
-def written(state: Any) -> list[list[bytes]]:
-    """The bits that a checkpoint of `state` holds: of each slice one copy."""
-    return [bits(leaf, False) for leaf in jax.tree.leaves(state)]
+    def _differs(self, state: Any, copies: bool) -> bool:
+        """Whether `state` is another than without the flip: all of it, or what a checkpoint holds, of each slice one
+        copy."""
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(self.states[-1]), strict=True)
+        return any(_bits(a, copies) != _bits(b, copies) for a, b in pairs)
 
 
-def bits(array: jax.Array, copies: bool) -> list[bytes]:
+def _bits(array: jax.Array, copies: bool) -> list[bytes]:
     return [np.asarray(s.data).tobytes() for s in array.addressable_shards if copies or s.replica_id == 0]
+
+
+def compile_(assembly: Assembly) -> Callable[..., Any]:
+    """The step with a Flip as its third argument: (state, batch, flip) -> (state, metrics)."""
+    mesh, plan = assembly.runtime.layout.mesh, assembly.plan
+    summed, gradients = local.summed, steps.gradients
+
+    def step(state: Any, batch: Any, flip: Flip) -> tuple[Any, Any]:
+        def sum_flipped(compute: Callable[..., Any], *arrays: Any, **others: Any) -> Any:
+            def flipping(*arrays: Any, reduce: Any, flip: Flip, **others: Any) -> Any:
+                axes = local.axes(assembly.runtime.layout)
+                return compute(*arrays, reduce=lambda grads: reduce(_flip(grads, flip, 1, axes)), **others)
+
+            return summed(flipping, *arrays, flip=flip, **others)
+
+        def flip_sums(*arrays: Any, **others: Any) -> Any:
+            grads, *sums = gradients(*arrays, **others)
+            specs = jax.tree.map(lambda sharding: sharding.spec, plan.gradients)
+            body = partial(_flip, where=2, axes=mesh.axis_names)
+            return jax.shard_map(
+                body, mesh=mesh, in_specs=(specs, PartitionSpec()), out_specs=specs, check_vma=False
+            )(grads, flip), *sums  # fmt: skip
+
+        with mock.patch.object(local, "summed", sum_flipped), mock.patch.object(steps, "gradients", flip_sums):
+            return assembly.step(state, batch)
+
+    return jax.jit(step, out_shardings=(plan.shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def _flip(grads: Any, flip: Flip, where: int, axes: Sequence[str]) -> Any:
+    """Inside a shard_map over `axes`: `grads` with a bit of one of this device's numbers flipped, if it is meant."""
+    here = (flip.where == where) & (flip.device == jax.lax.axis_index(tuple(axes)))
+    leaves, tree = jax.tree.flatten(grads)
+    for number, leaf in enumerate(leaves):
+        mask = jnp.where(here & (flip.leaf == number), jnp.uint32(1) << flip.bit.astype(jnp.uint32), jnp.uint32(0))
+        place = jnp.arange(leaf.size, dtype=jnp.int32).reshape(leaf.shape) == flip.at % leaf.size
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32) ^ jnp.where(place, mask, jnp.uint32(0))
+        leaves[number] = jax.lax.bitcast_convert_type(words, leaf.dtype)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def flipped(array: jax.Array, devices: Sequence[jax.Device], at: int, bit: int) -> jax.Array:
+    """`array` with one bit (0: the lowest) of number `at` of their part of it flipped on `devices`."""
+    parts = []
+    for shard in array.addressable_shards:
+        data = np.array(shard.data)
+        if shard.device in devices:
+            words = data.view(f"uint{data.itemsize * 8}").reshape(-1)
+            words[at] ^= words.dtype.type(1 << bit)
+        parts.append(jax.device_put(data, shard.device))
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+
+
+def table(results: dict[str, Any]) -> Iterator[str]:
+    """What noticed the flips of each target, and of each bit, over all meshes."""
+    for key, names in (("target", TARGETS), ("bit", BITS)):
+        yield f"| {key} | flips | watch | checksum | replay alone | harmless | missed |"
+        yield "|---|---|---|---|---|---|---|"
+        for name in names:
+            first = sum((Counter(row["first"]) for row in results["rows"] if row[key] == name), Counter())
+            yield f"| {name} | {first.total():,} | {' | '.join(f'{first[outcome]:,}' for outcome in OUTCOMES)} |"
+        yield ""
+
+
+def render(page: str, results: dict[str, Any]) -> str:
+    """`page` with the tables of these results between its marks."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + "\n".join(table(results)) + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    run(main)
