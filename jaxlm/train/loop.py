@@ -351,6 +351,9 @@ class Run:
     def _save(self, step: int, state: State) -> None:
         """Save what all devices agree on. Raises Differing, SaveFailed."""
         self._enter("save", step)
+        with self._one_failed_save(step):  # the one before, which must not take this one with it
+            if self.store.wait() is not None:
+                self.failed_saves = 0
         if found := self.replicas.differing(state):
             self.events.record("fault", step=step, kind="replicas differ", arrays=[str(one) for one in found])
             raise Differing(step, found)
