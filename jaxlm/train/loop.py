@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.checkpoint.store import SaveFailed, Store
+from jaxlm.checkpoint.store import Store
 from jaxlm.config import faultpoints
 from jaxlm.config.checks import check, profile_window
 from jaxlm.config.errors import Diverged, Preempted
@@ -38,15 +38,13 @@ from jaxlm.train.meter import Meter
 from jaxlm.train.profiler import Profiler
 from jaxlm.train.replicas import Differing, Replicas
 from jaxlm.train.sample import write_sample
+from jaxlm.train.saving import Saver
 from jaxlm.train.state import State
 from jaxlm.train.step import Batch, Metrics
 from jaxlm.train.watch import BadNumbers, Watch
 
 Say = Callable[[str], None]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
-
-RETRY_SECONDS = 30.0
-"""Between tries to save with `--checkpoint.on-failure=wait`."""
 
 
 def run(config: RunConfig) -> None:
@@ -116,9 +114,9 @@ class Run:
         self.furthest = max((line["step"] for line in read(folder / "metrics.superseded.jsonl")), default=0)
         self.position = self.seen_tokens = 0
         self.profiler = Profiler(folder, self.config.profile.steps, progress.say)
-        self.failed_saves = 0
+        waits = self.config.checkpoint.on_failure == "wait"
+        self.saver = Saver(store, Replicas(assembly.plan.abstract), events, progress.say, waits)
         self.watch, self.rewinds, self.rewound_to = Watch(self.config.train.max_skipped), 0, -1
-        self.replicas = Replicas(assembly.plan.abstract)
         self.evaluate: Evaluator | None = None
         if self.config.eval.every and not corpora.documents("validation"):
             progress.say("no evaluation: a corpus of one document (or copies of it) leaves nothing to hold out")
@@ -175,8 +173,7 @@ class Run:
         cure = "lower --optimizer.learning-rate, or look at the data around that step"
         if self.rewinds > most:
             raise self._diverged(bad, f"{bad}; it went back {most} times (--train.max-rewinds): {cure}")
-        with self._one_failed_save(bad.step):
-            self.store.wait()
+        self.saver.settle(bad.step)
         before = bad.first if bad.first > self.rewound_to + 1 else self.rewound_to
         step = self.store.latest_valid(say, before)
         if step is None:
@@ -196,8 +193,7 @@ class Run:
         """Go back to where a restart would begin, and on with the same data: the state and step to go on with."""
         most, say = self.config.train.max_rewinds, self.progress.say
         self.rewinds += 1
-        with self._one_failed_save(bad.step):
-            self.store.wait()
+        self.saver.settle(bad.step)
         if self.rewinds > most:
             last = max(self.store.steps(), default=None)
             where = "from the beginning" if last is None else f"from checkpoint {last}"
@@ -268,12 +264,7 @@ class Run:
 
     def _due(self, step: int) -> bool:
         every = (self.config.checkpoint.every, self.config.eval.every)
-        return self._must_save or any(n and step % n == 0 for n in every)
-
-    @property
-    def _must_save(self) -> bool:
-        """Whether training stands still until a save works."""
-        return self.failed_saves > 0 and self.config.checkpoint.on_failure == "wait" and not self.watch.in_row
+        return self.saver.must or any(n and step % n == 0 for n in every)
 
     def _between(self, step: int, state: State, stopped_by: str | None) -> None:
         """What happens between two steps: evaluation, a save, or the end that a signal asked for."""
@@ -282,17 +273,16 @@ class Run:
         if stopped_by:
             self.profiler.before(None, state)
             try:
-                self._save_whole(step, state)
+                self._save(step, state, whole=True)
             except Differing as bad:
                 raise Preempted(f"{stopped_by}: {bad}, so nothing was saved; the same command continues") from None
             self.events.record("fault", step=step, kind=stopped_by)
             raise Preempted(f"{stopped_by}: saved step {step} to {self.folder}; the same command continues from there")
+        due = self.saver.must or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0)
         # What is saved while numbers are bad would take the place of what the run may have to go back to.
-        if self._must_save:
-            self._save_whole(step, state)
-        elif config.checkpoint.every and step % config.checkpoint.every == 0 and not self.watch.in_row:
-            with self._one_failed_save(step):
-                self._save(step, state)
+        if due and not self.watch.in_row:
+            with self.saver.survived(step):
+                self._save(step, state, whole=self.saver.must)
         if self.evaluate and step % config.eval.every == 0:
             self._evaluate(step, state)
         self.meter.pause(time.perf_counter() - began)
@@ -309,9 +299,7 @@ class Run:
             path = forensics.record(self.folder, self.assembly, self.loader, state, bad)
             self.progress.say(f"what is known of step {bad.first} is in {path}")
             raise
-        with self._one_failed_save(step):
-            if self.store.poll() is not None:
-                self.failed_saves = 0
+        self.saver.look(step)
         every = self.config.train.log_every
         if step % every == 0 or step in (1, self.config.train.steps):
             counted = values.pop("tokens")
@@ -319,44 +307,9 @@ class Run:
             self.tracker.log(step, logged)
             self.progress.report(step, logged)
 
-    @contextmanager
-    def _one_failed_save(self, step: int) -> Iterator[None]:
-        """One save that fails is said and survived: the next may find room again. Two in a row end the run, before the
-        work that a third would lose, unless it is to wait."""
-        waits = self.config.checkpoint.on_failure == "wait"
-        try:
-            yield
-        except SaveFailed as error:
-            self.failed_saves += 1
-            self.events.record("fault", step=step, kind="save failed", message=str(error))
-            if self.failed_saves > 1 and not waits:
-                raise
-            then = "stands still until a save works" if waits else "goes on to the next save"
-            self.progress.say(f"warning: {error}; training {then}")
-
-    def _save_whole(self, step: int, state: State) -> None:
-        """Save, and go on once it is on disk: with `--checkpoint.on-failure=wait` however many tries that takes."""
-        if self.config.checkpoint.on_failure != "wait":
-            self._save(step, state)
-            self.store.wait()
-            return
-        while True:
-            with self._one_failed_save(step):
-                self._save(step, state)
-                self.store.wait()
-                self.failed_saves = 0
-                return
-            time.sleep(RETRY_SECONDS)
-
-    def _save(self, step: int, state: State) -> None:
-        """Save what all devices agree on. Raises Differing, SaveFailed."""
+    def _save(self, step: int, state: State, whole: bool = False) -> None:
+        """Begin a save; `whole`: and go on once it is on disk. Raises Differing, SaveFailed."""
         self._enter("save", step)
-        with self._one_failed_save(step):  # the one before, which must not take this one with it
-            if self.store.wait() is not None:
-                self.failed_saves = 0
-        if found := self.replicas.differing(state):
-            self.events.record("fault", step=step, kind="replicas differ", arrays=[str(one) for one in found])
-            raise Differing(step, found)
         meta = {
             "step": step,
             "position": self.position,
@@ -365,8 +318,8 @@ class Run:
             "mesh": self.mesh,
             "config": dump(self.config),
         }
-        self.store.save(step, state, meta)
-        self.events.record("save", step=step)
+        save = self.saver.whole if whole else self.saver.begin
+        save(step, state, meta)
         self._account()
 
     def _evaluate(self, step: int, state: State) -> None:
@@ -381,8 +334,7 @@ class Run:
         )
 
     def _finish(self, state: State) -> None:
-        save = self._save_whole if self.config.checkpoint.on_failure == "wait" else self._save
-        save(self.config.train.steps, state)
+        self._save(self.config.train.steps, state, whole=self.saver.waits)
         self._close(state, self.config.train.steps)
 
     def _ended(self, step: int) -> bool:

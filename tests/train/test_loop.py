@@ -17,7 +17,7 @@ from jaxlm.config.errors import Diverged, NoValidCheckpoint, UserError
 from jaxlm.config.load import load
 from jaxlm.config.schema import RunConfig
 from jaxlm.metrics.jsonl import read
-from jaxlm.train import loop
+from jaxlm.train import loop, saving
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.faults import alone
 from tests.train.running import ROOT, arguments, losses, train
@@ -311,7 +311,7 @@ def test_it_can_stand_still_until_a_save_works(
         real(self, step, state, meta)
 
     monkeypatch.setattr(Store, "save", save)
-    monkeypatch.setattr(loop, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.01)
     keys = {"checkpoint__every": 4, "eval__every": 0, "eval__sample_tokens": 0}
     train(corpus, tmp_path, checkpoint__on_failure="wait", **keys)
     assert calls == [4, 5, 5, 5, 8, 8, 8, 8], "after each failure the step at hand, again and again"
