@@ -192,6 +192,13 @@ def test_mistakes_in_a_recipe(tmp_path, text, parts):
     assert len(message) < 400 + len(str(tmp_path))
 
 
+@pytest.mark.parametrize("call", ["apply:os.mkdir [{}]", "new:os.mkdir [{}]", "name:os.mkdir {}"])
+def test_a_recipe_runs_nothing(tmp_path, call):
+    canary = tmp_path / "canary"
+    complaint(recipe(tmp_path, f"run: !!python/object/{call.format(canary)}"))
+    assert not canary.exists()
+
+
 def test_a_recipe_that_is_not_text(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in complaint(f"--config={tmp_path / 'x.yaml'}")
