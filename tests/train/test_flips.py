@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.config.errors import Diverged
+from jaxlm.config.errors import Diverged, Preempted
 from jaxlm.config.mesh_spec import parse
 from jaxlm.metrics.jsonl import read
 from jaxlm.parallel import mesh as meshes
 from jaxlm.train.assemble import Assembly
+from jaxlm.train.faults import StopRequest
 from jaxlm.train.replay import Different, Replay, replay
 from jaxlm.train.replicas import Replicas
 from tests.processes import two_ranks
@@ -61,6 +62,17 @@ def test_a_device_that_stays_faulty_ends_the_run(corpus: Path, tmp_path: Path, m
         train(corpus, tmp_path, **KEYS)
     assert f"{ARRAY} on device 1 of process 0" in str(raised.value) and "\n" not in str(raised.value)
     assert sorted(path.parent.name for path in tmp_path.glob("checkpoints/*/manifest.json")) == ["2", "4"]
+
+
+def test_a_stop_saves_nothing_that_differs(corpus: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr(Assembly, "compile", faulty(Assembly.compile, 3, slice(1, 2)))
+        changed.setattr(StopRequest, "due", lambda stop, step: step == 3)
+        with pytest.raises(Preempted, match=f"after step 3 .*{ARRAY} on device 1 .*nothing was saved; the same"):
+            train(corpus, tmp_path, **KEYS)
+    train(corpus, tmp_path, **KEYS)
+    assert [event["step"] for event in read(tmp_path / "events.jsonl") if event["event"] == "resume"] == [2]
+    assert losses(tmp_path) == losses(whole)
 
 
 def test_all_copies_are_found_by_replay_alone(corpus: Path, tmp_path: Path, monkeypatch) -> None:
