@@ -111,10 +111,8 @@ class Chaos:
                 self.job.stepping(0)
                 self._restarted()
                 self._fault(self._draw())
-        code = self.job.end(signal.SIGTERM)
+        self._end("the last SIGTERM", signal.SIGTERM)
         self.note_stall()
-        if code != 75:
-            self._wrong(f"the last SIGTERM ended it with {code}")
 
     def _restarted(self) -> None:
         """Note the restarts that the supervisor made by itself, because the loader stood still."""
@@ -143,13 +141,7 @@ class Chaos:
                 os.kill(self.source.choice(job.pids()), AT_RANKS[kind])
             wait(lambda: len(job.attempts("start")) > attempts or job.over(), 300, "no restart")
         else:
-            code = job.end(AT_JOB[kind])
-            asked = AT_JOB[kind] == signal.SIGTERM
-            # A rank that came to stand still in that moment cannot save.
-            if code != (75 if asked else -signal.SIGKILL) and not (
-                asked and code == 1 and self.waiting == "long stall"
-            ):
-                self._wrong(f"{kind} ended the job with {code}")
+            self._end(kind, AT_JOB[kind])
             if kind in ("flip", "cut"):
                 self._damage(kind)
         logged, sound = job.logged(), max(self.sound(), default=0)
@@ -169,6 +161,13 @@ class Chaos:
         self.rows.append(row)
         self.begins = job.begins()
         print(row, flush=True)
+
+    def _end(self, why: str, number: signal.Signals) -> None:
+        code, asked = self.job.end(number), number == signal.SIGTERM
+        # What waits for it on the way may come at that moment: a rank that stands still, or a disk that is full.
+        unsaved = asked and code == 1 and self.waiting in ("long stall", "save")
+        if code != (75 if asked else -number) and not unsaved:
+            self._wrong(f"{why} ended the job with {code}")
 
     def _start(self) -> None:
         """Start the job, with something that waits for it on the way."""

@@ -195,8 +195,8 @@ class TrainConfig:
     max_skipped: int = 20
     """Bad steps in a row (not finite, or a loss of twice the median of the last 100) before the run goes back."""
     max_rewinds: int = 2
-    """Times that a run goes back to a checkpoint before its bad steps and on with the data after them; then, or where
-    there is none, it stops (exit code 3)."""
+    """Times that a run goes back to a checkpoint: before bad steps, and on with the data after them, or before copies
+    on its devices differed, with the same data. Then, or where none is before bad steps, it stops (exit code 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -298,6 +298,27 @@ def flipped(array: jax.Array, devices: Sequence[jax.Device], at: int, bit: int) 
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
+def faulty(compile_: Callable[..., Any], after: int, devices: slice, times: int = 1) -> Callable[..., Any]:
+    """What may stand for `Assembly.compile`: its steps flip the lowest bit of a weight on some devices, the first
+    `times` times that step `after` is done."""
+    left = [times]
+
+    def compiled(self: Assembly, *arguments: Any) -> Callable[..., Any]:
+        program = compile_(self, *arguments)
+
+        def step(state: Any, batch: Any) -> Any:
+            new, metrics = program(state, batch)
+            if int(new["step"]) == after and left[0]:
+                left[0] -= 1
+                up = new["params"]["blocks"]["mlp"]["up"]
+                up["kernel"] = flipped(up["kernel"], jax.devices()[devices], at=5, bit=0)
+            return new, metrics
+
+        return step
+
+    return compiled
+
+
 def table(results: dict[str, Any]) -> Iterator[str]:
     """What noticed the flips of each target, and of each bit, over all meshes."""
     for key, names in (("target", TARGETS), ("bit", BITS)):
