@@ -74,7 +74,7 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
     names, aside = _names(family, found, stored, tied=config.tied)
     added = [match.name for match in found if match.name not in names]
     if added:
-        say(f"the files have no output layer ({' '.join(added)}): it begins untrained, and changes nothing")
+        say(f"the files have no output layer ({' '.join(added)}): it begins untrained")
     if aside:
         say(f"kept aside, neither computed with nor trained: {' '.join(sorted(aside))}")
     ignored = {name: given[name] for name in sorted(TRAINING & given.keys()) if given[name]}
@@ -237,7 +237,7 @@ def _ranges(size: int, each: int) -> Iterator[tuple[int, int]]:
 
 
 def _untrained(match: Match) -> Callable[[int, int], np.ndarray]:
-    """Rows of an output layer that is not there: a transform that changes nothing, and no bias."""
+    """Rows of an output layer that is not there: as if nothing stood before the table, and no bias."""
     value = np.eye(*match.shape) if len(match.shape) == 2 else np.zeros(match.shape)
     value = np.ones(match.shape) if match.row.ours[0].endswith(".scale") else value
     return lambda first, last: value[first:last]

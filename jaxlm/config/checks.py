@@ -221,6 +221,11 @@ def _data(config: RunConfig) -> Iterator[str]:
             "--model.architecture=encoder predicts tokens that are hidden, and --data.noise=0 hides none; "
             "use --data.noise=0.15"
         )
+    if config.model.architecture == "decoder" and data.noise:
+        yield (
+            f"--data.noise={data.noise} hides tokens, and --model.architecture=decoder predicts the next ones; "
+            "use --data.noise=0 or --model.architecture=encoder"
+        )
     if config.model.positions == "learned" and data.sequence_length > config.model.max_positions:
         yield (
             f"--data.sequence-length={data.sequence_length} is more than the {config.model.max_positions} learned "

@@ -30,7 +30,6 @@ _POSITIVE = "1 or more", lambda value: value > 0
 
 NEEDS = (
     Need(("model.windows",), "model.architecture", *_one_of("decoder")),
-    Need(("data.noise",), "model.architecture", *_one_of("encoder")),
     Need(("model.max_positions",), "model.positions", *_one_of("learned")),
     Need(("model.rope_theta", "model.rope_local_theta", "model.rope_scaling"), "model.positions", *_one_of("rotary")),
     Need(("model.rope_local_theta",), "model.windows", "lengths above 0", any),

@@ -98,6 +98,11 @@ class Tokenizer(ABC):
     def files(self) -> dict[str, bytes]:
         """File name -> content, everything `load` needs."""
 
+    def encode_framed(self, texts: Sequence[str]) -> Sequence[Ids]:
+        """As `encode_batch`, with the special tokens around that this tokenizer has for a text of its own (BERT's [CLS]
+        and [SEP])."""
+        return self.encode_batch(texts)
+
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self.encode_batch([text])[0]]
 
@@ -171,6 +176,9 @@ class HuggingFace(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_framed(self, texts: Sequence[str]) -> Sequence[Ids]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=True)

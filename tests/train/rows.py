@@ -122,8 +122,8 @@ SCHEDULES = get_args(get_type_hints(PipelineConfig)["schedule"])
 DENSE = ("gpt", "llama")
 OTHER_EXPERTS = {"moe_shared": ("ep8", "fsdp2,ep4", "ep2,cp2,tp2"), "moe_capped": ("ep2", "ep2,tp2", "pp2,ep2")}
 ENCODED = (
-    *("rep2", "dp4", "fsdp4", "tp2", "tp4", "cp2", "cp4", "cp8", "pp2", "pp4", "fsdp2,tp2", "dp4,tp2", "cp2,tp2"),
-    *("pp2,dp2", "pp2,fsdp2", "pp2,tp4", "pp2,cp2", "dp2,fsdp2,tp2", "fsdp2,cp2,tp2", "pp2,dp2,tp2", "pp2,fsdp2,tp2"),
+    *("rep2", "dp4", "fsdp4", "tp2", "tp4", "cp2", "cp4", "cp8", "pp2", "fsdp2,tp2", "dp4,tp2", "cp2,tp2", "pp2,cp2"),
+    *("dp2,fsdp2,tp2", "fsdp2,cp2,tp2", "pp2,dp2,tp2", "pp2,fsdp2,tp2"),
 )
 """Meshes on which an encoder is compared too."""
 EXPERTS_WHOLE = ("dp4", "fsdp2,tp2", "cp2", "pp2", "pp2,dp2,tp2")
