@@ -108,7 +108,7 @@ class Corpora:
             part = corpus.split(split)
             weight = part.tokens if corpus.weight is None else corpus.weight
             counts = part.counts(most)
-            shares += weight * counts / max(counts.sum(), 1)
+            shares[: len(counts)] += weight * counts / max(counts.sum(), 1)  # the mask stands in no text
         return entropy(shares)
 
     def describe(self) -> str:

@@ -51,6 +51,7 @@ def test_a_pooler_is_kept_of_a_run_that_was_trained_on(tmp_path):
     assert main(["import", f"--from={folder}", f"--run={tmp_path / 'run'}"]) == 0
     options = [f"--config={tmp_path / 'run' / 'config.yaml'}", f"--data.path={tmp_path / 'text.txt'}", "--eval.every=0"]
     options += ["--data.tokenizer=bytes", f"--data.cache={tmp_path}", "--train.steps=1", "--data.sequence-length=32"]
+    options += ["--mesh=dp1"]
     loop.run(load(RunConfig, options)[0])
     assert main(["export", f"--run={tmp_path / 'run'}", f"--to={tmp_path / 'back'}"]) == 0
     before, after = tensors(folder), tensors(tmp_path / "back")
