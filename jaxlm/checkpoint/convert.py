@@ -288,7 +288,7 @@ def _keep_texts(source: Path, run: Path, text: tokenizers.Tokenizer | None) -> N
 
 def _keep_aside(run: Path, tensors: dict[str, safetensors.Stored], dtype: str) -> None:
     if tensors:
-        (run / IMPORTED / ASIDE).mkdir()
+        (run / IMPORTED / ASIDE).mkdir(exist_ok=True)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         writer = safetensors.Writer(run / IMPORTED / ASIDE, shapes, dtype)
         for name, tensor in tensors.items():
