@@ -18,8 +18,11 @@ def padded(vocabulary: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The decoder: GPT-2, Llama, Mistral, Qwen and Gemma are settings of these keys."""
+    """The model: GPT-2, Llama, Mistral, Qwen, Gemma, BERT and RoBERTa are settings of these keys."""
 
+    architecture: Literal["decoder", "encoder"] = "decoder"
+    """decoder: a token sees those before it, and the next one is predicted. encoder: a token sees its whole document,
+    and tokens that data.noise hid are predicted, by an output layer with a transform and a bias (BERT)."""
     layers: int = 4
     """Number of blocks."""
     embed: int = 128
@@ -42,12 +45,16 @@ class ModelConfig:
     """LayerNorm (with bias), RMSNorm, or RMSNorm that multiplies by 1 + weight (Gemma)."""
     norm_epsilon: float = 1e-5
     """Added to the variance inside a norm."""
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
-    """Norm of a sublayer's input, of its output (OLMo 2), or of both (Gemma 2)."""
+    norm_placement: Literal["pre", "post", "sandwich", "sum"] = "pre"
+    """Norm of a sublayer's input, of its output (OLMo 2), of both (Gemma 2), or of what it was added to, and of the
+    embedding in place of the last norm (BERT)."""
     positions: Literal["learned", "rotary", "none"] = "learned"
     """How a token knows where it stands."""
     max_positions: int = 1024
     """Rows of the learned position table (tokens)."""
+    token_types: int = 0
+    """Rows of the table of token types, of which a text has the first and the second of a pair the second (BERT 2); 0
+    has no such table."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_local_theta: float | None = None
@@ -107,6 +114,11 @@ class ModelConfig:
         return self.kv_heads or self.heads
 
     @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        return self.architecture == "decoder"
+
+    @property
     def head_width(self) -> int:
         """head_size, where that is set."""
         return self.head_size or self.embed // self.heads
@@ -134,6 +146,9 @@ class DataConfig:
     """Fraction of documents held out, chosen by document."""
     packing: Literal["concat", "fit"] = "concat"
     """concat cuts the stream of documents at sequence ends; fit never cuts a document that fits, and pads."""
+    noise: float = 0.0
+    """Share of the words that are hidden, to be predicted from the rest (masked language modelling, for encoders; BERT
+    0.15); 0 hides none, and each token predicts the next."""
     document_mask: bool = True
     """Tokens attend only within their own document."""
     sequence_length: int = 128

@@ -70,11 +70,12 @@ def _read_run(folder: Path) -> RunConfig:
 
 def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: RunConfig) -> None:
     from jaxlm.data import tokenizer as tokenizers
-    from jaxlm.generate.decode import Generator
+    from jaxlm.generate.decode import Generator, check
     from jaxlm.generate.sampling import Sampling
     from jaxlm.generate.text import Output, TextStream
     from jaxlm.models.build import build
 
+    check(config.model)
     rule = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     texts = _texts(options, config, greedy=rule.greedy)
     if not (folder / "tokenizer").is_dir():
