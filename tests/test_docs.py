@@ -24,6 +24,7 @@ from jaxlm.config.load import FLAGS, find_recipe, kinds, parse_recipe
 from jaxlm.config.schema import RunConfig
 from jaxlm.config.values import option
 from jaxlm.data.__main__ import Prepare, Show
+from jaxlm.evaluate.options import Options as Evaluate
 from jaxlm.generate.__main__ import GenerateConfig
 from jaxlm.launch.options import Options as Launch
 from jaxlm.metrics.__main__ import Options
@@ -72,7 +73,7 @@ fi
 exec "{python}" "$@"
 """
 
-OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, Launch, schedules.Options]
+OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, Launch, Evaluate, schedules.Options]
 OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff]
 OPTIONS += [checkpoint.Import, checkpoint.Export, Replay]
 """What the verbs understand."""
