@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxlm.checkpoint.conventions import Conventions
+from jaxlm.checkpoint.conventions import read as read_conventions
 from jaxlm.checkpoint.store import Store
 from jaxlm.config.errors import NoValidCheckpoint, UserError
 from jaxlm.config.mesh_spec import MeshSpec
@@ -30,6 +32,7 @@ class Opened:
     folder: Path
     config: RunConfig
     tokenizer: Tokenizer
+    conventions: Conventions
     model: Model
     runtime: Runtime
     """Of decoding: see `decoding`."""
@@ -63,7 +66,14 @@ def open_run(folder: Path, config: RunConfig, spec: MeshSpec, step: int | None, 
     shardings = jax.tree_util.tree_map_with_path(place, model.abstract, model.dims)
     params, step = restore(folder, config, model, shardings, step, say)
     return Opened(
-        folder=folder, config=config, tokenizer=tokenizer, model=model, runtime=runtime, params=params, step=step
+        folder=folder,
+        config=config,
+        tokenizer=tokenizer,
+        conventions=read_conventions(folder, config, tokenizer),
+        model=model,
+        runtime=runtime,
+        params=params,
+        step=step,
     )
 
 

@@ -35,6 +35,20 @@ class Options:
     """Measure only the first documents of the split; of each task, only the first (default: all)."""
     batches: int | None = None
     """Measure only the first batches of the split; eval.batches of them are what training measures (default: all)."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval instead, by name; * stands for anything (extra: lm-eval)."""
+    include: str | None = None
+    """Folder of further task files of lm-eval."""
+    shots: int | None = None
+    """Worked examples before each question of a task (default: the task's)."""
+    chat: bool = False
+    """Ask tasks and prompts in the chat template of the run's tokenizer."""
+    references: str | None = None
+    """JSONL file of prompts and references instead: BLEU, chrF and ROUGE of greedy text (extra: scores)."""
+    max_tokens: int = 128
+    """Most new tokens of a text that is compared with a reference."""
+    stop: tuple[str, ...] = ()
+    """Texts that end it, comma-separated (default: none)."""
     out: str | None = None
     """JSON file to write the result to."""
     data: Data = field(default_factory=Data)

@@ -9,9 +9,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.files import write_atomically
+
+Say = Callable[[str], None]
+Advance = Callable[[int, int], None]
+"""Told how many of how many are done."""
 
 
 def note(text: str) -> None:
@@ -20,7 +25,7 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str) -> Iterator[Advance]:
     """A function that is told how many of how many `what` are done, and shows it on a terminal."""
     console = Console(file=sys.stderr)
     columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
@@ -39,3 +44,14 @@ def write(out: str | None, found: dict[str, Any]) -> None:
     """`found` as JSON into the file `out`, if there is one."""
     if out is not None:
         write_atomically(Path(out).expanduser(), json.dumps(found, indent=1) + "\n")
+
+
+def table(rows: list[tuple[str, ...]]) -> None:
+    """Rows of words and numbers, the first of them the head: as wide as they need to be."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(rows[0]):
+        made.add_column(column, no_wrap=True, justify="right" if number else "left")
+    for row in rows[1:]:
+        made.add_row(*row)
+    console = Console(highlight=False, markup=False)
+    (console if console.is_terminal else Console(width=10_000, highlight=False, markup=False)).print(made)

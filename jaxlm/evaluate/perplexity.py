@@ -1,7 +1,6 @@
 """Perplexity and bits per byte of text, by the evaluation that training does."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ from jaxlm.data.loader import Loader
 from jaxlm.data.store import TokenFolder, is_token_folder
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate.options import Options
+from jaxlm.evaluate.output import Advance, Say
 from jaxlm.train.assemble import assemble
 from jaxlm.train.evaluate import Evaluator, summary
-
-Say = Callable[[str], None]
-Advance = Callable[[int, int], None]
 
 EVERY = 2**31 - 1
 
@@ -38,9 +35,6 @@ def measure(
     Raises:
         UserError: the text cannot be read, was encoded by another tokenizer, or does not fit the model or the mesh.
     """
-    for name in ("documents", "batches"):
-        if (count := getattr(options, name)) is not None and not 1 <= count <= EVERY:
-            raise UserError(f"--{name}={count}: must be from 1 to {EVERY}; leave it out for all")
     tokenizer = read_tokenizer(folder)
     split = options.data.split or ("all" if options.data.path else "validation")
     config = _asked(options, config, folder, split)

@@ -1,7 +1,9 @@
 """`python -m jaxlm.generate`: continue text with a trained model."""
 
+import io
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,9 @@ from jaxlm.config.mesh_spec import MeshSpec, parse
 from jaxlm.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from jaxlm.checkpoint.opened import Opened
     from jaxlm.generate.decode import Speed
+    from jaxlm.generate.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +31,22 @@ class GenerateConfig:
     prompt_file: str = ""
     """A file of prompts instead, one a line; in a .jsonl file each line is a JSON string, which may hold line ends
     (default: none)."""
+    bos: bool = True
+    """Begin prompts as the model's tokenizer.json begins texts (Llama and Gemma: the bos token; most: nothing)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation, comma-separated; it stops before the first of them (default: none)."""
     samples: int = 1
     """Continuations of each prompt."""
     max_tokens: int = 128
-    """Most new tokens of a continuation; it ends before where the model ends the document."""
+    """Most new tokens of a continuation; it ends sooner where the model ends the text."""
     temperature: float = 0.8
     """Logits are divided by it before a token is drawn; 0 always takes the likeliest token."""
     top_k: int = 0
     """Draw among the k likeliest tokens; 0 is all."""
     top_p: float = 0.95
     """Then draw among the fewest likeliest tokens that hold this much of the probability; 1 is all."""
+    interactive: bool = False
+    """Type prompts and read replies as they come; where the run's tokenizer has a chat template, a conversation."""
     seed: int = 0
     """Seed of the draws: the same seed gives row i the same text on any mesh."""
     mesh: str = "dp1"
@@ -66,8 +76,12 @@ def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: Run
     texts = _texts(options, config, greedy=rule.greedy)
     run = open_run(folder, config, spec, options.step, note)
     note(run.describe())
-    prompts = [run.tokenizer.encode(text) for text in texts]
-    output = Output(texts, [TextStream(run.tokenizer.decode, prompt) for prompt in prompts])
+    prefix = run.conventions.prefix if options.bos else ()
+    if options.interactive:
+        _talk(options, run, rule, prefix)
+        return
+    prompts = [[*prefix, *run.tokenizer.encode(text)] for text in texts]
+    output = Output(texts, [TextStream(run.tokenizer.decode, prompt, options.stop) for prompt in prompts])
     generator = Generator(run.model, run.runtime)
     generator(
         run.params,
@@ -75,11 +89,42 @@ def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: Run
         max_new_tokens=options.max_tokens,
         rule=rule,
         eos_id=run.tokenizer.eos_id,
+        stop_ids=run.conventions.stops,
         on_token=output.push,
     )
     output.finish()
     if generator.speed:
         note(_speed_line(generator.speed))
+
+
+def _talk(options: GenerateConfig, run: "Opened", rule: "Sampling", prefix: Sequence[int]) -> None:
+    from jaxlm.generate import talk
+    from jaxlm.generate.chat import Chat
+    from jaxlm.generate.decode import Generator
+    from jaxlm.generate.text import written
+
+    ways = run.conventions
+    chat = Chat(ways.template, ways.names) if ways.template is not None else None
+    kind = "a conversation, in the chat template of its tokenizer" if chat else "each message is a text to continue"
+    note(f"{kind}. {talk.HELP}")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    partner = talk.Talk(
+        generator=Generator(run.model, run.runtime),
+        params=run.params,
+        tokenizer=run.tokenizer,
+        rule=rule,
+        max_new_tokens=options.max_tokens,
+        prefix=prefix,
+        stop_ids=ways.stops,
+        stops=options.stop,
+        chat=chat,
+    )
+    for text in talk.messages():
+        try:
+            partner.answer(text, written, note)
+        except UserError as error:  # of this message; the next may do
+            note(f"error: {error}")
 
 
 def _texts(options: GenerateConfig, config: RunConfig, *, greedy: bool) -> list[str]:
@@ -90,6 +135,8 @@ def _texts(options: GenerateConfig, config: RunConfig, *, greedy: bool) -> list[
         raise UserError(f"--samples={options.samples}: must be 1 or more")
     if options.samples > 1 and greedy:
         raise UserError(f"--samples={options.samples} with --temperature=0 would all be the same; use --samples=1")
+    if options.interactive and (options.prompt or options.prompt_file or options.samples > 1):
+        raise UserError("--interactive reads prompts as you type them; leave out --prompt, --prompt-file and --samples")
     if options.prompt and options.prompt_file:
         raise UserError("--prompt and --prompt-file are both given; use one")
     texts = [options.prompt or config.eval.prompt]
