@@ -111,7 +111,7 @@ def ours(tasks, tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("kind", ["run", "imported"])
+@pytest.mark.parametrize("kind", [pytest.param("run", marks=pytest.mark.slow), "imported"])
 def test_the_numbers_of_the_hugging_face_backend(kind, request, tasks, tmp_path, ours, capfd):
     run = request.getfixturevalue(kind)
     expected = theirs(run, tasks, tmp_path)
@@ -150,7 +150,11 @@ def test_a_chat_template(imported, tasks, tmp_path, ours):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--tasks=local_chioce", "--include={0}"], ["--tasks=local_chioce", "nearest is local_choice"]),
+        pytest.param(
+            ["--tasks=local_chioce", "--include={0}"],
+            ["--tasks=local_chioce", "nearest is local_choice"],
+            marks=pytest.mark.slow,  # all of lm-eval's own tasks are read to find it
+        ),
         (["--tasks=local_broken", "--include={0}"], ["lm-eval cannot load them", "nowhere.json"]),
         (["--tasks=local_choice", "--include={0}", "--chat"], ["no chat template"]),
         (["--tasks=local_choice", "--include=/nowhere"], ["--include=/nowhere"]),
