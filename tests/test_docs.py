@@ -243,7 +243,7 @@ def test_make_targets_exist(page: str) -> None:
 def test_extras(page: str) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
-    named = re.findall(r"(?:jaxlm|'\.)\[([a-z,]+)\]", read(page))
+    named = re.findall(r"(?:jaxlm|'\.)\[([a-z,-]+)\]", read(page))
     assert {extra for names in named for extra in names.split(",")} <= set(extras)
 
 

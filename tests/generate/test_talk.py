@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.generate import talk
+from jaxlm.generate.chat import Chat
 from jaxlm.generate.decode import Generator
 from jaxlm.generate.sampling import Sampling
 from tests.generate.tiny import GPT, make
@@ -19,10 +20,13 @@ def parts():
     return {"generator": Generator(model, runtime), "params": params, "tokenizer": Bytes(), "rule": rule}
 
 
-class Template:
-    """In place of `Chat`, so that these tests need no Jinja."""
+class Template(Chat):
+    """One that needs no Jinja."""
 
-    def render(self, messages):
+    def __init__(self):
+        pass
+
+    def render(self, messages, *, begin_reply=True):
         return "".join(f"{m['role'][0]}:{m['content'][:4]};" for m in messages)
 
 
