@@ -8,8 +8,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxlm.config.errors import UserError
+from jaxlm.config.load import load as load_options
+from jaxlm.config.schema import RunConfig
 from jaxlm.data.__main__ import main as data
 from jaxlm.data.tokenizer import load
+from jaxlm.train import loop
 
 
 @pytest.fixture
@@ -86,6 +90,8 @@ def test_no_other_tokenizer(run, evaluate, tmp_path):
     (tmp_path / "run/config.yaml").write_text(config.replace(str(corpus), str(tmp_path / "more")))
     code, out, err = evaluate(f"--run={tmp_path / 'run'}")
     assert (code, out) == (2, "") and f"--data.path={tmp_path / 'more'}" in err
+    with pytest.raises(UserError, match="is not the tokenizer that the corpora give now"):
+        loop.run(load_options(RunConfig, [f"--config={tmp_path / 'run/config.yaml'}", f"--run={tmp_path / 'run'}"])[0])
 
 
 @pytest.mark.parametrize(
