@@ -53,17 +53,13 @@ def read(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> Conventions:
         return Conventions(stops=(tokenizer.eos_id,), max_length=length)
     given, said = _json(kept / "config.json"), _json(kept / "tokenizer_config.json")
     names = {key: _name(value) for key, value in said.items() if key.endswith("_token") and _name(value)}
-    prefix = tokenizer.prefix
-    if isinstance(said.get("add_bos_token"), bool):  # which transformers puts above what tokenizer.json says
-        bos = tokenizer.id_of(names.get("bos_token", ""))
-        prefix = (bos,) if said["add_bos_token"] and bos is not None else ()
     generation = kept / "generation_config.json"
     ends = _ids((_json(generation) if generation.is_file() else given).get("eos_token_id"))
     known = (i for i in ends if i < (model.vocabulary or 0))
     if model.positions != "learned":
         length = next((given[key] for key in ("max_position_embeddings",) if type(given.get(key)) is int), length)
     return Conventions(
-        prefix=prefix,
+        prefix=tokenizer.prefix,  # add_bos_token of tokenizer_config.json transformers does not heed either
         stops=tuple(dict.fromkeys((tokenizer.eos_id, *known))),
         max_length=length,
         template=_template(kept, said),
