@@ -13,6 +13,7 @@ VERBS = {
     "launch": "run the processes of a run, and keep them running",
     "data": "turn text into token shards",
     "generate": "continue a prompt with a trained model",
+    "evaluate": "measure a trained model",
     "checkpoint": "list, show and verify checkpoints",
     "metrics": "summarise and draw what a run logged",
 }

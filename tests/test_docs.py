@@ -24,6 +24,7 @@ from jaxlm.config.load import FLAGS, find_recipe, kinds, parse_recipe
 from jaxlm.config.schema import RunConfig
 from jaxlm.config.values import option
 from jaxlm.data.__main__ import Prepare, Show
+from jaxlm.evaluate.options import Options as Evaluate
 from jaxlm.generate.__main__ import GenerateConfig
 from jaxlm.launch.options import Options as Launch
 from jaxlm.metrics.__main__ import Options
@@ -73,7 +74,7 @@ fi
 exec "{python}" "$@"
 """
 
-OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, Launch, schedules.Options]
+OPTIONS = [RunConfig, GenerateConfig, Prepare, Show, Options, Launch, Evaluate, schedules.Options]
 OPTIONS += [checkpoint.List, checkpoint.Show, checkpoint.Verify, checkpoint.Diff]
 OPTIONS += [checkpoint.Import, checkpoint.Export, Replay]
 """What the verbs understand."""
@@ -243,7 +244,7 @@ def test_make_targets_exist(page: str) -> None:
 def test_extras(page: str) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
-    named = re.findall(r"(?:jaxlm|'\.)\[([a-z,]+)\]", read(page))
+    named = re.findall(r"(?:jaxlm|'\.)\[([a-z,-]+)\]", read(page))
     assert {extra for names in named for extra in names.split(",")} <= set(extras)
 
 

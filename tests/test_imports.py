@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "jaxlm").rglob("*.py"))
 RANKS = {"config": 0, "parallel": 1, "metrics": 1, "data": 2, "models": 2, "checkpoint": 3, "generate": 3, "train": 4}
-RANKS |= {"finetune": 5, "plan": 5, "launch": 5}
+RANKS |= {"finetune": 5, "plan": 5, "launch": 5, "evaluate": 5}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 DISPATCHERS = {Path("jaxlm/__main__.py")}  # above the ranks: the console script runs every verb
 

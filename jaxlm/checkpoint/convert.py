@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.checkpoint import manifest, safetensors
+from jaxlm.checkpoint import conventions, manifest, safetensors
 from jaxlm.checkpoint.matching import Match, leaves, matches
 from jaxlm.checkpoint.slices import SliceReader, SliceWriter
 from jaxlm.config import checks, mesh_spec
@@ -38,7 +38,8 @@ TEXT_FILES = (
     *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
     "generation_config.json",
 )
-"""Files that travel with the weights as they are."""
+TEMPLATES = "additional_chat_templates"
+"""A folder of further templates, NAME.jinja. Like TEXT_FILES they travel with the weights as they are."""
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 STORED = {code: name for name, code in DTYPES.items()}
@@ -66,6 +67,7 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
     config = family.read(given)
     stored = _renamed(family, safetensors.open_folder(source))
     text = _tokenizer(source, config, say)
+    conventions.check_ids(source, config.vocabulary or 0)
     dtypes = {STORED[tensor.dtype] for tensor in stored.values() if tensor.dtype in STORED}
     dtype = params or ("bfloat16" if dtypes == {"bfloat16"} else "float32")
     settings = _settings(config, run, mesh, dtype, has_text=text is not None)
@@ -279,9 +281,13 @@ def _tokenizer(source: Path, config: ModelConfig, say: Say) -> tokenizers.Tokeni
 def _keep_texts(source: Path, run: Path, text: tokenizers.Tokenizer | None) -> None:
     kept = run / IMPORTED
     kept.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, *TEXT_FILES):
-        if (source / name).exists():
-            (kept / name).write_bytes(_content(safetensors.inside(source, name)))
+    for name in (CONFIG, *_texts_in(source)):
+        folder = source / TEMPLATES if name.startswith(TEMPLATES) else source
+        if folder.is_symlink() and folder != source:
+            raise UserError(f"{folder} is a link and not followed; copy the folder itself there")
+        content = _content(safetensors.inside(folder, Path(name).name))
+        (kept / name).parent.mkdir(exist_ok=True)
+        (kept / name).write_bytes(content)
     if text:
         text.save(run / "tokenizer")
 
@@ -301,6 +307,11 @@ def _read_aside(run: Path) -> dict[str, safetensors.Stored]:
     return safetensors.open_folder(folder) if folder.is_dir() else {}
 
 
+def _texts_in(folder: Path) -> list[str]:
+    templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
+    return [name for name in (*TEXT_FILES, *templates) if (folder / name).exists()]
+
+
 def _content(path: Path) -> bytes:
     return read_limited(path, tokenizers.MAX_FILE_BYTES, str(path), unreadable="copy it again", too_large="is it text?")
 
@@ -308,11 +319,10 @@ def _content(path: Path) -> bytes:
 def _write_texts(folder: Path, run: Path, text: tokenizers.Tokenizer | None, say: Say) -> None:
     """The tokenizer as it came, where the run still has that one; else the run's."""
     kept = run / IMPORTED
-    came = tokenizers.load(kept / "tokenizer.json") if (kept / "tokenizer.json").is_file() else None
-    if text is None or (came is not None and came.digest() == text.digest()):
-        for name in TEXT_FILES:
-            if (kept / name).is_file():
-                shutil.copyfile(kept / name, folder / name)
+    if text is None or conventions.same_tokenizer(run, text):
+        for name in _texts_in(kept):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(kept / name, folder / name)
         return
     content = text.files().get("tokenizer.json")
     if content is None:

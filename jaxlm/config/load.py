@@ -80,6 +80,16 @@ def read_file(cls: type[T], path: Path) -> T:
     return _build(cls, _read_recipe(path, kinds(cls)))
 
 
+def read_run(folder: Path) -> RunConfig:
+    """The configuration of the run in `folder`; raises UserError where there is none, naming the nearest."""
+    if not (folder / "config.yaml").is_file():
+        others = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
+        near = get_close_matches(folder.name, others, n=1, cutoff=0.0)
+        hint = f"; nearest is --run={folder.parent / near[0]}" if near else "; train one first (python -m jaxlm.train)"
+        raise UserError(f"--run={shown(str(folder))}: no run there (no config.yaml){hint}")
+    return read_file(RunConfig, folder / "config.yaml")
+
+
 def dump(config: Any) -> str:
     """`config` as YAML that `load` and `read_file` read back to an equal one."""
     return yaml.dump(_nested(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000)

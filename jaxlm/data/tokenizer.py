@@ -7,6 +7,7 @@ the end-of-document id stands nowhere but at ends of documents.
 import base64
 import binascii
 import hashlib
+import itertools
 import json
 import unicodedata
 from abc import ABC, abstractmethod
@@ -106,6 +107,20 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self.encode_batch([text])[0]]
 
+    def encode_marked(self, text: str) -> list[int]:
+        """As `encode`, but the names of special tokens are those tokens: for what a chat template wrote, not for
+        documents."""
+        return self.encode(text)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name, if there is such a token."""
+        return None
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Special ids that the tokenizer's makers put before a text; our documents begin without."""
+        return ()
+
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
@@ -179,6 +194,22 @@ class HuggingFace(Tokenizer):
 
     def encode_framed(self, texts: Sequence[str]) -> Sequence[Ids]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)]
+
+    def encode_marked(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        encoded = self._tokenizer.encode("a", add_special_tokens=True)
+        special = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+        return tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], special))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=True)

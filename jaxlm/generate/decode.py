@@ -4,7 +4,7 @@ Legend: B batch (prompts, then rows that fill up the data axes), T prompt length
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,8 +20,8 @@ from jaxlm.models.build import Model, Params
 from jaxlm.models.decoder import Cache, empty_cache
 from jaxlm.models.runtime import Runtime
 
-OnToken = Callable[[int, int], None]
-"""Told (row, token) as soon as a token is known."""
+OnToken = Callable[[int, int], bool | None]
+"""Told (row, token) as soon as a token is known; True ends the row with it."""
 
 SHORTEST = 16
 """Prompt lengths and numbers of new tokens are rounded up to powers of two from here on: few programs compile."""
@@ -62,6 +62,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
+    stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continue each of `prompts` (token ids) by up to `max_new_tokens`; use a `Generator` to do so repeatedly.
@@ -72,10 +73,11 @@ def generate(
         temperature, top_k, top_p, seed: see `sampling`. The same seed gives row i the same text in any batch and on
             any mesh, but for logits so close that rounding decides.
         eos_id: ends a row; an empty prompt starts behind it.
+        stop_ids: others that end a row.
         on_token: called in order of time.
 
     Returns:
-        The new tokens of each row, without the prompt and without `eos_id`.
+        The new tokens of each row, without the prompt and without the id that ended it.
 
     Raises:
         UserError: a prompt that is empty or holds ids unknown to the model, more tokens than learned positions, a
@@ -83,7 +85,13 @@ def generate(
     """
     rule = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return Generator(model, runtime)(
-        params, prompts, max_new_tokens=max_new_tokens, rule=rule, eos_id=eos_id, on_token=on_token
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        rule=rule,
+        eos_id=eos_id,
+        stop_ids=stop_ids,
+        on_token=on_token,
     )
 
 
@@ -115,6 +123,7 @@ class Generator:
         max_new_tokens: int,
         rule: Sampling,
         eos_id: int | None = None,
+        stop_ids: Collection[int] = (),
         on_token: OnToken | None = None,
     ) -> list[list[int]]:
         """See `generate`."""
@@ -134,12 +143,12 @@ class Generator:
             times.append(time.perf_counter())
             for row in sorted(live):
                 token = int(tokens[row])
-                if token == eos_id:
+                if token == eos_id or token in stop_ids:
                     live.remove(row)
                     continue
                 new[row].append(token)
-                if on_token:
-                    on_token(row, token)
+                if on_token and on_token(row, token):
+                    live.remove(row)
             if not live:
                 break
         self.speed = Speed(

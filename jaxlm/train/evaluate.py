@@ -1,7 +1,8 @@
 """Held-out loss, perplexity and bits per byte."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,11 @@ class Evaluator:
         self._byte_lengths = jnp.asarray(lengths)
 
     def __call__(self, params: Any) -> dict[str, float | int]:
-        """loss (nats a token), perplexity, bits_per_byte, tokens. Waits for the device once, at the end."""
+        """loss (nats a token), perplexity, bits_per_byte, tokens, over the first eval.batches batches."""
+        return summary(self.sums(params))
+
+    def sums(self, params: Any, advance: Callable[[int, int], None] = lambda done, count: None) -> "Sums":
+        """What `summary` is made of; `advance` hears how many of how many batches are done."""
         config = self._assembly.config
         size = config.data.batch_size
         samples = self._loader.samples_per_epoch
@@ -39,15 +44,34 @@ class Evaluator:
                 if after > samples:  # the rest of the batch is the next epoch's: samples that were measured already
                     batch = batch | {"loss_mask": _first_rows(batch["loss_mask"], samples - (after - size))}
                 sums.append(self._step(params, batch, self._byte_lengths))
-        nats, tokens, text_bytes = np.sum([[float(x) for x in each] for each in sums], axis=0)
-        if tokens == 0:
-            raise UserError("the validation split has no token to predict; raise --data.validation")
-        return {
-            "loss": nats / tokens,
-            "perplexity": math.exp(min(nats / tokens, 700.0)),
-            "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
-            "tokens": int(tokens),
-        }
+                if len(sums) > 1:  # one batch ahead of the device, however many there are
+                    jax.block_until_ready(sums[-2])
+                advance(len(sums), count)
+        found = Sums(*np.sum([[float(x) for x in each] for each in sums], axis=0).tolist())
+        if found.tokens == 0:
+            raise UserError(
+                f"the {self._loader.split} split has no token to predict; give more text, or raise --data.validation"
+            )
+        return found
+
+
+class Sums(NamedTuple):
+    """Over the tokens that were predicted."""
+
+    nats: float
+    tokens: float
+    text_bytes: float
+
+
+def summary(sums: Sums) -> dict[str, float | int]:
+    """loss (nats a token), perplexity, bits_per_byte, tokens."""
+    loss = sums.nats / sums.tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": sums.nats / math.log(2) / max(sums.text_bytes, 1.0),
+        "tokens": int(sums.tokens),
+    }
 
 
 @jax.jit

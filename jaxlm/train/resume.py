@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import numpy as np
 
 from jaxlm.checkpoint.store import Store
 from jaxlm.config.errors import NoValidCheckpoint, UserError
-from jaxlm.config.load import IMPORTED
+from jaxlm.config.load import BEGUN, IMPORTED
+from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.state import State
 
@@ -27,6 +30,19 @@ class Start:
     """Tokens consumed, padding included."""
     rewinds: int
     """Times that it went back for bad numbers."""
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise where the run in `folder` has learned the ids of another tokenizer: a corpus that changes, changes the one
+    that is trained on it."""
+    begun, own = folder / BEGUN, folder / "tokenizer"
+    if not own.is_dir() or not begun.is_file() or not begun.stat().st_size:
+        return
+    if tokenizers.load(own).digest() != tokenizer.digest():
+        raise UserError(
+            f"{own} is not the tokenizer that the corpora give now: they have changed since the run began; bring them "
+            "back (--data.path), or use another --run"
+        )
 
 
 def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:

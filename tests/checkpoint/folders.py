@@ -12,6 +12,7 @@ from jaxlm.checkpoint.matching import matches
 from jaxlm.models import families
 from jaxlm.models.build import build
 
+BOS = "<s>"
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}\n"
 
 
@@ -29,20 +30,26 @@ def write_model(folder: Path, given: dict[str, Any], dtype: str = "F32", largest
     return folder
 
 
-def write_tokenizer(folder: Path, vocabulary: int = 300) -> Path:
-    """A byte-level tokenizer of `vocabulary` tokens and whatever stands beside one."""
+def write_tokenizer(folder: Path, vocabulary: int = 300, *, bos: bool = False) -> Path:
+    """A byte-level tokenizer of `vocabulary` tokens and whatever stands beside one; with `bos`, its texts begin with
+    BOS, as those of Llama do."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["</s>", "<pad>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=270, special_tokens=["</s>", "<pad>", *[BOS] * bos], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["def function(self): return the value of the other function"] * 20, trainer)
     tokenizer.add_special_tokens([f"<extra {i}>" for i in range(vocabulary - tokenizer.get_vocab_size())])
+    described = {"eos_token": "</s>", "chat_template": CHAT, "model_max_length": 64}
+    if bos:
+        described["bos_token"], number = BOS, tokenizer.token_to_id(BOS)
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, number)]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
-    text = json.dumps({"eos_token": "</s>", "chat_template": CHAT, "model_max_length": 64}, indent=1)
-    (folder / "tokenizer_config.json").write_text(text)
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
     (folder / "special_tokens_map.json").write_text('{"eos_token":   "</s>", "pad_token": "<pad>"}')
     (folder / "chat_template.jinja").write_text(CHAT)
     (folder / "generation_config.json").write_text('{"temperature": 0.7}\n')

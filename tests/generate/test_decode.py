@@ -121,6 +121,22 @@ def test_eos_ends_a_row_and_the_others_go_on(gpt, expected):
     assert [[token for r, token in heard if r == row] for row in range(len(PROMPTS))] == new
 
 
+def test_any_of_several_ids_ends_a_row_and_so_does_the_listener(gpt, expected):
+    generator, params = gpt
+    stops = {expected["gpt"][0][4], expected["gpt"][1][2]}
+    ends = [next((i for i, token in enumerate(row) if token in stops), NEW) for row in expected["gpt"]]
+    new = generator(params, PROMPTS, max_new_tokens=NEW, rule=Sampling(), stop_ids=stops)
+    assert new == [row[:end] for row, end in zip(expected["gpt"], ends, strict=True)]
+    counts = [0] * len(PROMPTS)
+
+    def third(row, token):
+        counts[row] += 1
+        return row == 1 and counts[row] == 3
+
+    new = generator(params, PROMPTS, max_new_tokens=NEW, rule=Sampling(), on_token=third)
+    assert [len(row) for row in new] == counts == [NEW, 3, NEW, NEW]
+
+
 def test_generation_stops_when_every_row_has_ended(gpt, expected):
     generator, params = gpt
     eos = expected["gpt"][2][0]

@@ -1,6 +1,11 @@
 """The generate command, on a run folder made by hand: what it prints, and how it refuses."""
 
+import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,8 @@ from jaxlm.config.schema import EvalConfig, RunConfig
 from jaxlm.data.tokenizer import Bytes
 from jaxlm.generate.__main__ import main
 from tests.generate.tiny import GPT, make
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,40 @@ def test_samples_differ_meshes_do_not(folder, capfd):
     assert generate(capfd, folder, "--samples=2", "--top-p=1", "--seed=1")[1] != out
 
 
+def test_a_person_types(folder, capfd, monkeypatch):
+    """Each line gets the text that --prompt gets, with the seed of its turn."""
+    expected = [generate(capfd, folder, f"--prompt={text}", f"--seed={i}")[1] for i, text in enumerate(("ab", "cd"))]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\n\n" + "x" * 60 + "\ncd\n"))
+    code, out, err = generate(capfd, folder, "--interactive")
+    assert code == 0 and out == expected[0][2:] + expected[1][2:]
+    assert "each message is a text to continue" in err and "Ctrl-D ends" in err
+    assert [line for line in err.splitlines() if "64 learned positions" in line], "one that is too long ends nothing"
+
+
+@pytest.mark.slow
+def test_a_terminal(folder):
+    """Ctrl-C at the prompt drops the line, Ctrl-D ends."""
+    command = [sys.executable, "-m", "jaxlm.generate", f"--run={folder}", "--interactive", "--max-tokens=8"]
+    terminal = [sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)", *command]
+    with subprocess.Popen(terminal, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        shown = ""
+
+        def until(text):
+            nonlocal shown
+            while text not in shown:
+                piece = os.read(process.stdout.fileno(), 4096).decode(errors="replace")
+                assert piece, shown
+                shown += piece
+            shown = shown.partition(text)[2]
+
+        until("> ")
+        for sent, seen in ((b"lost\x03", "> "), (b"ab\n", "ab"), (b"", "> "), (b"\x04", "")):
+            process.stdin.write(sent)
+            process.stdin.flush()
+            until(seen)
+        assert process.wait(60) == 0
+
+
 def test_an_older_checkpoint_and_a_prompt_file(folder, capfd, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("ab\ncd\n")
@@ -77,6 +118,7 @@ def test_an_older_checkpoint_and_a_prompt_file(folder, capfd, tmp_path):
         (["--samples=0"], 2, ["--samples=0"]),
         (["--samples=2", "--temperature=0"], 2, ["all be the same"]),
         (["--prompt=a", "--prompt-file=b"], 2, ["both"]),
+        (["--interactive", "--prompt=a"], 2, ["--interactive reads prompts as you type"]),
         (["--max-token=3"], 2, ["--max-tokens"]),
     ],
 )

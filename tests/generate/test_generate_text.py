@@ -39,6 +39,37 @@ def test_a_character_appears_when_it_is_whole():
     assert stream.push(0xE2) == "" and stream.finish() == "\ufffd"
 
 
+@pytest.mark.parametrize(
+    "stops, pieces, rest",
+    [
+        (["cd"], ["a", "b", "", ""], ""),
+        (["cx"], ["a", "b", "", "cd"], "e"),
+        (["zz", "d", "bcd"], ["a", "", "", ""], ""),
+        (["", "f"], ["a", "b", "c", "d"], "e"),
+        (["bq", "bcdef"], ["a", "", "", ""], "bcde"),
+    ],
+)
+def test_text_ends_before_the_first_stop(stops, pieces, rest):
+    stream = TextStream(Bytes().decode, [], stops)
+    assert [stream.push(byte) for byte in b"abcd"] == pieces
+    assert stream.ended == (rest == "")
+    assert stream.push(ord("e")) + stream.finish() == rest and stream.finish() == ""
+
+
+@given(text=st.text("ab", max_size=12), stops=st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+def test_text_before_stops_in_any_pieces(text, stops):
+    stream = TextStream(Bytes().decode, [], stops)
+    found = ""
+    for byte in text.encode():
+        found += stream.push(byte)
+        if stream.ended:
+            break
+    ends = [at + len(stop) for stop in stops if (at := text.find(stop)) >= 0]
+    seen = text[: min(ends)] if ends else text  # generation ends with the first stop that is whole
+    first = min((at for stop in stops if (at := seen.find(stop)) >= 0), default=len(seen))
+    assert found + stream.finish() == seen[:first]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -60,8 +91,11 @@ def test_a_terminal_sees_the_first_row_grow_and_then_the_others(monkeypatch):
     assert shown == [first, first, f"{first}d", f"{first}d\n--- 2 of 2 ---\nxy\n"]
 
 
-def test_elsewhere_all_comes_at_once(monkeypatch):
-    assert list(written(monkeypatch, io.StringIO(), ["ab"], [(0, 99), (0, 100)])) == ["", "", "abcd\n"]
+def test_elsewhere_several_come_at_once_and_one_as_it_is_made(monkeypatch):
+    pushes = [(0, 99), (0, 100)]
+    assert list(written(monkeypatch, io.StringIO(), ["ab"], pushes)) == ["abc", "abcd", "abcd\n"]
+    last = "--- 1 of 2 ---\nabcd\n--- 2 of 2 ---\nx\n"
+    assert list(written(monkeypatch, io.StringIO(), ["ab", "x"], pushes)) == ["", "", last]
 
 
 def test_a_model_cannot_drive_the_terminal(monkeypatch):
