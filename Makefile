@@ -16,11 +16,11 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-tpu lint types coverage parity kills hostile benchmarks clean
+.PHONY: help train test test-slow test-tpu lint types coverage parity kills hostile flips chaos benchmarks clean
 
 help:
 	@sed -n 's/^#  *make /  make /p' Makefile
-	@echo "  make test-slow | test-tpu | lint | types | coverage | parity | kills | hostile | benchmarks | clean"
+	@echo "  make test-slow | test-tpu | lint | types | coverage | parity | kills | hostile | flips | chaos | benchmarks | clean"
 
 train: $(VENV)/.has-core
 	$(BIN)/python -m jaxlm.train --mesh=dp4,tp2 $(ARGS)
@@ -52,6 +52,12 @@ kills: $(VENV)/.has-test  # about half an hour
 
 hostile: $(VENV)/.has-test
 	$(BIN)/python -m tests.hostile --out=benchmarks/results/hostile.json $(ARGS)
+
+flips: $(VENV)/.has-test  # about ten minutes
+	$(BIN)/python -m tests.train.flips --out=benchmarks/results/flips.json --page $(ARGS)
+
+chaos: $(VENV)/.has-test  # about an hour
+	$(BIN)/python benchmarks/chaos.py --out=benchmarks/results/chaos.json $(ARGS)
 
 benchmarks: $(VENV)/.has-test
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS) || [ $$? = 2 ] || exit 1; done  # 2: this machine lacks what it needs

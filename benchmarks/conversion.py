@@ -10,6 +10,7 @@ whatever the size of the model: a parameter that is stacked over the layers is m
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,17 @@ class Options:
     vocabulary: int = 128_256
     """Tokens of its vocabulary."""
 
+
+SAVE = """
+import sys, jax
+from jaxlm.checkpoint import manifest
+from jaxlm.checkpoint.store import Store
+with Store(sys.argv[1], keep=0) as store:
+    leaves = manifest.read_meta(store.folder, 0)["leaves"]
+    wanted = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()}
+    store.save(1, store.restore(0, wanted), store.meta(0))
+"""
+"""Saves step 0 again as training saves, from arrays in memory."""
 
 PEAK = """
 import resource, sys
@@ -100,8 +112,12 @@ def measure(folder: Path, layers: int, vocabulary: int) -> dict[str, Any]:
     found: dict[str, Any] = {"layers": layers, **sizes}
     imports = run("import", f"--from={folder / 'model'}", f"--run={folder / 'run'}")
     exports = run("export", f"--run={folder / 'run'}", f"--to={folder / 'back'}")
+    shutil.rmtree(folder / "back")
     found |= {"import_peak_bytes": imports[0], "import_seconds": imports[1]}
-    return found | {"export_peak_bytes": exports[0], "export_seconds": exports[1]}
+    found |= {"export_peak_bytes": exports[0], "export_seconds": exports[1]}
+    subprocess.run([sys.executable, "-c", SAVE, folder / "run" / "checkpoints"], check=True)
+    exports = run("export", f"--run={folder / 'run'}", "--step=1", f"--to={folder / 'back'}")
+    return found | {"saved_export_peak_bytes": exports[0], "saved_export_seconds": exports[1]}
 
 
 def main(argv: list[str]) -> None:

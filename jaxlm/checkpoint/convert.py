@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 CONFIG = "config.json"
 TEXT_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
     "generation_config.json",
 )
 TEMPLATES = "additional_chat_templates"
@@ -43,6 +43,8 @@ TEMPLATES = "additional_chat_templates"
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 STORED = {code: name for name, code in DTYPES.items()}
+ASIDE = "aside"
+"""Folder in that of the files as they came: tensors that the model does not compute with (`Family.aside`)."""
 
 
 def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) -> None:
@@ -63,7 +65,7 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
     given = safetensors.read_json(safetensors.inside(source, CONFIG))
     family = families.of_config(given)
     config = family.read(given)
-    stored = safetensors.open_folder(source)
+    stored = _renamed(family, safetensors.open_folder(source))
     text = _tokenizer(source, config, say)
     conventions.check_ids(source, config.vocabulary or 0)
     dtypes = {STORED[tensor.dtype] for tensor in stored.values() if tensor.dtype in STORED}
@@ -71,7 +73,12 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
     settings = _settings(config, run, mesh, dtype, has_text=text is not None)
     model = build(config, None)
     found = matches(family, model)
-    names = _names(family, found, stored, tied=config.tied)
+    names, aside = _names(family, found, stored, tied=config.tied)
+    added = [match.name for match in found if match.name not in names]
+    if added:
+        say(f"the files have no output layer ({' '.join(added)}): it begins untrained")
+    if aside:
+        say(f"kept aside, neither computed with nor trained: {' '.join(sorted(aside))}")
     ignored = {name: given[name] for name in sorted(TRAINING & given.keys()) if given[name]}
     if ignored:
         say(f"of training alone, and not taken over: {' '.join(f'{n}={shown(v)}' for n, v in ignored.items())}")
@@ -79,14 +86,16 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
         say(f"tensors of {' '.join(sorted(dtypes))} are rounded to bfloat16 (--params)")
     came = dtypes.pop() if len(dtypes) == 1 else dtype
     meta = {"step": 0, "position": 0, "seen_tokens": 0, "mesh": mesh, "config": dump(settings)}
-    meta["imported"] = {"family": family.name, "dtype": dtype, "came": came}
+    meta["imported"] = {"family": family.name, "dtype": dtype, "came": came, "added": added}
     _make(run / "checkpoints", f"--run={shown(str(run))}")
     try:
         writer = SliceWriter((run / "checkpoints").absolute(), 0, leaves(found, model, dtype))
         for match in found:
-            _fill(writer, match, stored[names[match.name]], dtype)
+            read = stored[names[match.name]].read if match.name in names else _untrained(match)
+            _fill(writer, match, read, dtype)
         writer.commit(meta)
         _keep_texts(source, run, text)
+        _keep_aside(run, aside, DTYPES[came])
         write_atomically(run / "config.yaml", dump(settings))
     except BaseException:
         shutil.rmtree(run / "checkpoints" / "0", ignore_errors=True)
@@ -97,7 +106,8 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
 
 def _settings(config: ModelConfig, run: Path, mesh: str, dtype: str, *, has_text: bool) -> RunConfig:
     """The recipe that an imported run begins with, checked."""
-    data = DataConfig(tokenizer=str(run / "tokenizer")) if has_text else DataConfig()
+    data = DataConfig(noise=0.0 if config.causal else 0.15)
+    data = replace(data, tokenizer=str(run / "tokenizer")) if has_text else data
     if config.positions == "learned":
         data = replace(data, sequence_length=min(data.sequence_length, config.max_positions))
     precision = PrecisionConfig(params="bfloat16" if dtype == "bfloat16" else "float32")
@@ -126,21 +136,26 @@ def export(run: Path, to: Path, step: int, dtype: str | None, say: Say) -> None:
     given = safetensors.read_json(original) if original.is_file() else None
     family = families.of_config(given) if given else families.of_model(config)
     reader = SliceReader((run / "checkpoints").absolute(), step)
-    found = matches(family, model)
+    found, aside = matches(family, model), _read_aside(run)
     held = reader.leaves[f"params.{found[0].row.ours[0]}"]["dtype"]
-    came = reader.meta.get("imported", {}).get("came")
+    imported = reader.meta.get("imported", {})
+    came, added = imported.get("came"), imported.get("added", [])
+    found = [match for match in found if match.name not in added]  # which are no more than a beginning for training
     chosen = dtype or came or held
     if chosen not in (held, came) and (chosen, held) != ("float32", "bfloat16"):
         say(f"tensors are rounded from {held} to {chosen} (--dtype)")
     _make(to.parent, f"--to={shown(str(to))}")
     work = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     try:
-        written = safetensors.Writer(work, {match.name: match.shape for match in found}, DTYPES[chosen])
+        shapes = {match.name: match.shape for match in found} | {name: there.shape for name, there in aside.items()}
+        written = safetensors.Writer(work, shapes, DTYPES[chosen])
         for row, group in itertools.groupby(found, key=lambda match: match.row):
             for match in group:
                 _empty(written, match, reader, np.dtype(held).itemsize)
             for name in row.ours:
                 reader.close(f"params.{name}")
+        for name, there in aside.items():
+            written.write(name, 0, there.read(0, there.shape[0]))
         written.flush()
         _write_texts(work, run, text, say)
         if given is None or unlike(config, family.read(given)):
@@ -156,7 +171,7 @@ def export(run: Path, to: Path, step: int, dtype: str | None, say: Say) -> None:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    say(f"{family.name}: {len(found)} tensors in {chosen}, step {step} of {run} -> {to}")
+    say(f"{family.name}: {len(found) + len(aside)} tensors in {chosen}, step {step} of {run} -> {to}")
 
 
 def _make(folder: Path, option: str) -> None:
@@ -166,27 +181,49 @@ def _make(folder: Path, option: str) -> None:
         raise UserError(f"{option} cannot be made: {error.strerror}; name a folder elsewhere") from None
 
 
-def _names(family: Family, found: list[Match], stored: dict[str, safetensors.Stored], *, tied: bool) -> dict[str, str]:
-    """Our name for each tensor -> the one it has in the files; no tensor is left over, and none has another shape."""
+def _renamed(family: Family, stored: dict[str, safetensors.Stored]) -> dict[str, safetensors.Stored]:
+    """Tensors by the names that they have in files of today."""
+    made = {}
+    for name, tensor in stored.items():
+        old = next((end for end in family.renamed if name.endswith(end)), "")
+        made[name.removesuffix(old) + family.renamed.get(old, "")] = tensor
+    return made
+
+
+def _names(
+    family: Family, found: list[Match], stored: dict[str, safetensors.Stored], *, tied: bool
+) -> tuple[dict[str, str], dict[str, safetensors.Stored]]:
+    """Our name for each tensor -> the one it has in the files; and by our names those that are kept aside.
+
+    No other tensor is left over, and none has another shape. Those of the output layer may be missing all together.
+    """
     bare = not any(name.startswith(family.prefix) for name in stored)
     names = {m.name: m.name.removeprefix(family.prefix) if bare else m.name for m in found}
-    for match in found:
+    head = [m for m in found if m.row.ours[0].startswith(family.head)]
+    if not any(names[match.name] in stored for match in head):
+        names = {name: there for name, there in names.items() if name not in {match.name for match in head}}
+    for match in (match for match in found if match.name in names):
         there = stored.get(names[match.name])
         if there is None:
             raise UserError(f"the files have no tensor {names[match.name]}, which config.json asks for")
         if there.shape != match.shape or there.dtype not in safetensors.DTYPES:
             here = f"{there.dtype}{list(there.shape)}"
             raise UserError(f"tensor {names[match.name]} is {here}; config.json asks for {list(match.shape)} of floats")
+    repeats = {"lm_head.weight": found[0].name, **family.repeats}  # a family's first row is its embedding
+    aside = {}
     for name in sorted(stored.keys() - set(names.values())):
-        if tied and name == "lm_head.weight":
-            _check_same(stored[name], stored[names[found[0].name]])  # a family's first row is its embedding
+        own = family.prefix + name if bare else name
+        if tied and name in repeats:
+            _check_same(name, stored[name], stored[names[repeats[name]]])
+        elif own.startswith(family.aside) and stored[name].dtype in safetensors.DTYPES:
+            aside[own] = stored[name]
         elif not name.endswith(family.buffers):
             raise UserError(f"tensor {shown(name)} of the files is none of {family.name}: what it is for is not known")
-    return names
+    return names, aside
 
 
-def _check_same(head: safetensors.Stored, table: safetensors.Stored) -> None:
-    """That the output layer of a file is the embedding, as config.json says."""
+def _check_same(name: str, head: safetensors.Stored, table: safetensors.Stored) -> None:
+    """That a tensor of the output layer is one of the embedding, as config.json says."""
     same = (head.dtype, head.shape) == (table.dtype, table.shape)
     rows = 1 + 2**24 // max(1, head.shape[-1])
     same = same and all(
@@ -194,17 +231,24 @@ def _check_same(head: safetensors.Stored, table: safetensors.Stored) -> None:
         for i, j in _ranges(head.shape[0], rows)
     )
     if not same:
-        raise UserError("lm_head.weight is not the embedding, and config.json says tie_word_embeddings=true")
+        raise UserError(f"{name} is not the embedding, and config.json says tie_word_embeddings=true")
 
 
 def _ranges(size: int, each: int) -> Iterator[tuple[int, int]]:
     return ((i, min(i + each, size)) for i in range(0, size, each))
 
 
-def _fill(writer: SliceWriter, match: Match, tensor: safetensors.Stored, dtype: str) -> None:
-    """One tensor of theirs into our parameters."""
+def _untrained(match: Match) -> Callable[[int, int], np.ndarray]:
+    """Rows of an output layer that is not there: as if nothing stood before the table, and no bias."""
+    value = np.eye(*match.shape) if len(match.shape) == 2 else np.zeros(match.shape)
+    value = np.ones(match.shape) if match.row.ours[0].endswith(".scale") else value
+    return lambda first, last: value[first:last]
+
+
+def _fill(writer: SliceWriter, match: Match, read: Callable[[int, int], np.ndarray], dtype: str) -> None:
+    """One tensor of theirs, whose rows `read` gives, into our parameters."""
     for piece in match.pieces(np.dtype(dtype).itemsize):
-        rows = tensor.read(piece.first, piece.last).astype(dtype, copy=False)
+        rows = read(piece.first, piece.last).astype(dtype, copy=False)
         for name, part in zip(match.row.ours, match.to_ours(rows, piece), strict=True):
             writer.write(f"params.{name}", (*match.at, *piece.where), part)
 
@@ -251,6 +295,21 @@ def _keep_texts(source: Path, run: Path, text: tokenizers.Tokenizer | None) -> N
 def _texts_in(folder: Path) -> list[str]:
     templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
     return [name for name in (*TEXT_FILES, *templates) if (folder / name).exists()]
+
+
+def _keep_aside(run: Path, tensors: dict[str, safetensors.Stored], dtype: str) -> None:
+    if tensors:
+        (run / IMPORTED / ASIDE).mkdir(exist_ok=True)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        writer = safetensors.Writer(run / IMPORTED / ASIDE, shapes, dtype)
+        for name, tensor in tensors.items():
+            writer.write(name, 0, tensor.read(0, tensor.shape[0]))
+        writer.flush()
+
+
+def _read_aside(run: Path) -> dict[str, safetensors.Stored]:
+    folder = run / IMPORTED / ASIDE
+    return safetensors.open_folder(folder) if folder.is_dir() else {}
 
 
 def _content(path: Path) -> bytes:

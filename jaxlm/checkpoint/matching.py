@@ -51,7 +51,8 @@ class Match(NamedTuple):
         """Of up to PIECE_BYTES, in order."""
         whole = tuple(slice(0, n) for n in self.own)
         if self.cut < 0:
-            yield Piece(0, self.shape[0], whole, 0)
+            padding = math.prod(self.own) * len(self.row.ours) - math.prod(self.shape)
+            yield Piece(0, self.shape[0], whole, padding)
             return
         for first, last in cuts(self.own[self.cut], self.each(itemsize)):
             where = (*whole[: self.cut], slice(first, last), *whole[self.cut + 1 :])
@@ -76,6 +77,7 @@ class Match(NamedTuple):
             rows = np.concatenate([rows, np.zeros((piece.padding, *rows.shape[1:]), rows.dtype)])
         if self.row.turned:
             return [rows.T.reshape(shape)]
+        rows = np.roll(rows, -self.row.first, axis=0)
         return [part.reshape(shape) for part in np.split(rows, len(self.row.ours), axis=-1)]
 
     def to_theirs(self, parts: list[np.ndarray], piece: Piece) -> np.ndarray:
@@ -84,7 +86,7 @@ class Match(NamedTuple):
             rows = parts[0].reshape(math.prod(self.own[: self.row.inputs]), -1).T
         else:
             flat = (-1,) if len(self.shape) == 1 else (piece.last - piece.first + piece.padding, -1)
-            rows = np.concatenate([part.reshape(flat) for part in parts], axis=-1)
+            rows = np.roll(np.concatenate([part.reshape(flat) for part in parts], axis=-1), self.row.first, axis=0)
         return rows[: piece.last - piece.first]
 
 
@@ -113,11 +115,13 @@ def _of_row(row: Row, shape: tuple[int, ...], dims: tuple[str | None, ...], voca
     first, second = own[: row.inputs], own[row.inputs :]
     theirs: tuple[int, ...]
     if vector:
-        cut, unit, theirs = -1, 1, (math.prod(own) * len(row.ours),)
+        cut, unit, theirs = -1, 1, (vocabulary if names == ("vocab",) else math.prod(own) * len(row.ours),)
     elif row.turned:
         cut, unit, theirs = row.inputs, math.prod(second[1:]), (math.prod(second), math.prod(first))
     else:
         cut, unit, theirs = 0, math.prod(first[1:]), (math.prod(first), math.prod(second) * len(row.ours))
+    if row.first:
+        cut = -1  # its rows are not in one piece there that are in one here
     if cut >= 0 and names[cut] == "vocab":
         theirs = (vocabulary, *theirs[1:])
     for index in np.ndindex(*shape[:lead]):

@@ -33,6 +33,10 @@ _PLAIN_FILES = "TensorStore data files not found"
 """What Orbax warns of where arrays lie in files of their own, as `slices` writes them."""
 
 
+CHUNK_BYTES = 2**26
+"""Smaller arrays are not cut on disk but for how devices hold them."""
+
+
 class SaveFailed(CommandError):
     """A checkpoint could not be written (disk full, read-only, ...). Earlier checkpoints are as they were."""
 
@@ -88,6 +92,7 @@ class Store:
         ocp = _orbax()
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights shrink by 8%, and saving takes ten times as long
+        context.array.saving.scoped_storage_options_creator = _chunks
         try:
             with context:
                 written = ocp.save_async(data / manifest.ARRAYS, {n: leaf for n, leaf in leaves.items() if leaf.size})
@@ -303,6 +308,18 @@ def _flatten(tree: Any) -> dict[str, Any]:
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _chunks(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+    """Orbax's options for `leaf`: what is stacked over layers, and over experts, lies on disk one by one where it is
+    large, so that an export need not hold more of it."""
+    from orbax.checkpoint import v1 as ocp
+
+    names = path[-1].key.split(".")
+    stacked = ("blocks" in names) + ("blocks" in names and "experts" in names)
+    if leaf.nbytes < CHUNK_BYTES or not stacked:
+        return None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=tuple(range(min(stacked, leaf.ndim))))
 
 
 @functools.cache

@@ -33,7 +33,14 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("model.experts", "model.shared_experts", "model.capacity_factor", "model.balance_loss"),
             *("model.balance_rate", "model.router_z_loss"),
-            *("model.windows", "data.seed", "train.seed", "optimizer.learning_rate", "optimizer.warmup_steps"),
+            *(
+                "model.token_types",
+                "model.windows",
+                "data.seed",
+                "train.seed",
+                "optimizer.learning_rate",
+                "optimizer.warmup_steps",
+            ),
             *("optimizer.weight_decay", "optimizer.clip_norm", "train.z_loss", "train.loss_chunk"),
             *(
                 "checkpoint.every",
@@ -55,7 +62,14 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     ),
     "0 or more and below 1": (
         lambda x: 0 <= x < 1,
-        ("model.dropout", "data.validation", "optimizer.beta1", "optimizer.beta2", "train.label_smoothing"),
+        (
+            "model.dropout",
+            "data.validation",
+            "data.noise",
+            "optimizer.beta1",
+            "optimizer.beta2",
+            "train.label_smoothing",
+        ),
     ),
     "from 0 to 1": (lambda x: 0 <= x <= 1, ("optimizer.decay_fraction", "optimizer.final_fraction")),
 }
@@ -201,6 +215,16 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield (
             f"--data.validation=0 leaves nothing for --eval.every={config.eval.every}; "
             "use --data.validation=0.05 or --eval.every=0"
+        )
+    if config.model.architecture == "encoder" and not data.noise:
+        yield (
+            "--model.architecture=encoder predicts tokens that are hidden, and --data.noise=0 hides none; "
+            "use --data.noise=0.15"
+        )
+    if config.model.architecture == "decoder" and data.noise:
+        yield (
+            f"--data.noise={data.noise} hides tokens, and --model.architecture=decoder predicts the next ones; "
+            "use --data.noise=0 or --model.architecture=encoder"
         )
     if config.model.positions == "learned" and data.sequence_length > config.model.max_positions:
         yield (

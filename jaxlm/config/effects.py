@@ -29,6 +29,7 @@ def _one_of(*values: str) -> tuple[str, Callable[[Any], bool]]:
 _POSITIVE = "1 or more", lambda value: value > 0
 
 NEEDS = (
+    Need(("model.windows",), "model.architecture", *_one_of("decoder")),
     Need(("model.max_positions",), "model.positions", *_one_of("learned")),
     Need(("model.rope_theta", "model.rope_local_theta", "model.rope_scaling"), "model.positions", *_one_of("rotary")),
     Need(("model.rope_local_theta",), "model.windows", "lengths above 0", any),
@@ -55,6 +56,7 @@ NEEDS = (
     Need(("checkpoint.keep_every",), "checkpoint.keep", *_POSITIVE, switch=True),
     Need(("eval.batches",), "eval.every", *_POSITIVE, switch=True),
     Need(("eval.prompt",), "eval.sample_tokens", *_POSITIVE, switch=True),
+    Need(("eval.prompt", "eval.sample_tokens"), "model.architecture", *_one_of("decoder"), switch=True),
 )
 """Keys that need another key."""
 

@@ -18,8 +18,11 @@ def padded(vocabulary: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The decoder: GPT-2, Llama, Mistral, Qwen and Gemma are settings of these keys."""
+    """The model: GPT-2, Llama, Mistral, Qwen, Gemma, BERT and RoBERTa are settings of these keys."""
 
+    architecture: Literal["decoder", "encoder"] = "decoder"
+    """decoder: a token sees those before it, and the next one is predicted. encoder: a token sees its whole document,
+    and tokens that data.noise hid are predicted, by an output layer with a transform and a bias (BERT)."""
     layers: int = 4
     """Number of blocks."""
     embed: int = 128
@@ -38,18 +41,20 @@ class ModelConfig:
     """Feed-forward nonlinearity; gelu is exact (erf)."""
     vocabulary: int | None = None
     """Token ids the model knows, before padding (default: the tokenizer's; it may be larger, never smaller)."""
-    norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm (with bias) or RMSNorm."""
+    norm: Literal["layer", "rms", "rms_offset"] = "layer"
+    """LayerNorm (with bias), RMSNorm, or RMSNorm that multiplies by 1 + weight (Gemma)."""
     norm_epsilon: float = 1e-5
     """Added to the variance inside a norm."""
-    norm_offset: bool = False
-    """The norm multiplies by 1 + weight (Gemma)."""
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
-    """Norm of a sublayer's input, of its output (OLMo 2), or of both (Gemma 2)."""
+    norm_placement: Literal["pre", "post", "sandwich", "sum"] = "pre"
+    """Norm of a sublayer's input, of its output (OLMo 2), of both (Gemma 2), or of what it was added to, and of the
+    embedding in place of the last norm (BERT)."""
     positions: Literal["learned", "rotary", "none"] = "learned"
     """How a token knows where it stands."""
     max_positions: int = 1024
     """Rows of the learned position table (tokens)."""
+    token_types: int = 0
+    """Rows of the table of token types, of which a text has the first and the second of a pair the second (BERT 2); 0
+    has no such table."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_local_theta: float | None = None
@@ -63,12 +68,9 @@ class ModelConfig:
     rope_frequencies: tuple[float, ...] = (1.0, 4.0)
     """Turns per original context below which a frequency is fully stretched, and above which it is left alone (yarn
     calls them beta_slow and beta_fast)."""
-    qkv_bias: bool = True
-    """Biases on the query, key and value projections."""
-    output_bias: bool = True
-    """Bias on the attention output projection."""
-    mlp_bias: bool = True
-    """Biases in the feed-forward layer."""
+    biases: tuple[Literal["qkv", "output", "mlp"], ...] = ("qkv", "output", "mlp")
+    """Which projections have biases: queries, keys and values, attention's output, the feed-forward layer (none: write
+    nothing after the =, or [] in a recipe)."""
     qk_norm: Literal["none", "head", "projection"] = "none"
     """RMSNorm of queries and keys: of each head (Qwen 3, Gemma 3) or of the whole projection (OLMo 2)."""
     windows: tuple[int, ...] = ()
@@ -112,6 +114,11 @@ class ModelConfig:
         return self.kv_heads or self.heads
 
     @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        return self.architecture == "decoder"
+
+    @property
     def head_width(self) -> int:
         """head_size, where that is set."""
         return self.head_size or self.embed // self.heads
@@ -139,6 +146,9 @@ class DataConfig:
     """Fraction of documents held out, chosen by document."""
     packing: Literal["concat", "fit"] = "concat"
     """concat cuts the stream of documents at sequence ends; fit never cuts a document that fits, and pads."""
+    noise: float = 0.0
+    """Share of the words that are hidden, to be predicted from the rest (masked language modelling, for encoders; BERT
+    0.15); 0 hides none, and each token predicts the next."""
     document_mask: bool = True
     """Tokens attend only within their own document."""
     sequence_length: int = 128
@@ -200,8 +210,8 @@ class TrainConfig:
     max_skipped: int = 20
     """Bad steps in a row (not finite, or a loss of twice the median of the last 100) before the run goes back."""
     max_rewinds: int = 2
-    """Times that a run goes back to a checkpoint before its bad steps and on with the data after them; then, or where
-    there is none, it stops (exit code 3)."""
+    """Times that a run goes back to a checkpoint: before bad steps, and on with the data after them, or before copies
+    on its devices differed, with the same data. Then, or where none is before bad steps, it stops (exit code 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +260,9 @@ class CheckpointConfig:
     """Newest checkpoints kept; 0 keeps all."""
     keep_every: int = 0
     """Checkpoints of steps divisible by this are never deleted; 0 turns it off."""
+    on_failure: Literal["continue", "wait"] = "continue"
+    """After a save that failed (disk full): train on to the next one, and end the run if that fails too; or stand still
+    and try again until it works."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,11 +87,12 @@ class Corpus:
 
 
 class Corpora:
-    """All corpora of a run; they share one tokenizer."""
+    """All corpora of a run; they share one tokenizer, which has an id for hidden tokens where some are (`masks`)."""
 
-    def __init__(self, corpora: Sequence[Corpus], notes: Sequence[str] = ()):
+    def __init__(self, corpora: Sequence[Corpus], notes: Sequence[str] = (), *, masks: bool = False):
         self.corpora, self.notes = tuple(corpora), tuple(notes)
-        self.tokenizer: Tokenizer = corpora[0].folder.tokenizer
+        tokenizer = corpora[0].folder.tokenizer
+        self.tokenizer: Tokenizer = tokenizer.with_mask() if masks else tokenizer
 
     def tokens(self, split: SplitName) -> int:
         return sum(corpus.split(split).tokens for corpus in self.corpora)
@@ -107,7 +108,7 @@ class Corpora:
             part = corpus.split(split)
             weight = part.tokens if corpus.weight is None else corpus.weight
             counts = part.counts(most)
-            shares += weight * counts / max(counts.sum(), 1)
+            shares[: len(counts)] += weight * counts / max(counts.sum(), 1)  # the mask stands in no text
         return entropy(shares)
 
     def describe(self) -> str:
@@ -138,7 +139,7 @@ def open_corpora(config: DataConfig) -> Corpora:
     names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
     weights: Sequence[float | None] = config.weights or [None] * len(folders)
     corpora = [_split(*entry, config.validation) for entry in zip(names, weights, folders, strict=True)]
-    return Corpora(corpora, list(_without_effect(config)))
+    return Corpora(corpora, list(_without_effect(config)), masks=config.noise > 0)
 
 
 def entropy(counts: np.ndarray) -> float:

@@ -22,13 +22,15 @@ from jax.sharding import Sharding
 from jaxlm.config.errors import UserError
 from jaxlm.config.schema import DataConfig
 from jaxlm.data.corpus import Corpora, SplitName
+from jaxlm.data.noise import Noise
 from jaxlm.data.packing import Packing
 
 if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
-"""tokens, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]."""
+"""tokens, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]. A target is the next token, or with
+data.noise the token itself, which counts where it is hidden."""
 
 
 PREFETCH = 2
@@ -50,6 +52,7 @@ class Loader:
         # Held-out order is not the seed's business: runs with other seeds are evaluated on the same samples.
         seed = config.seed if split == "train" else 0
         self._weights, self._seed = [c.weight for c in used if c.weight is not None], seed
+        self._noise = Noise(corpora.tokenizer, config.noise, f"{split} {seed}") if config.noise else None
 
     def rows(self, position: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the batch whose first sample is number `position`."""
@@ -66,13 +69,17 @@ class Loader:
             starts_BW[:] = index_W == 0
         segments_BW = np.where(index_W < written_B1, np.cumsum(starts_BW, axis=1, dtype=np.int32), 0)
         begins_BW = np.maximum.accumulate(np.where(starts_BW | (index_W == written_B1), index_W, 0), axis=1)
-        same_BT = (segments_BW[:, 1:] == segments_BW[:, :-1]) & (segments_BW[:, 1:] > 0)
+        tokens, targets, segments = tokens_BW[:, :-1].copy(), tokens_BW[:, 1:].copy(), segments_BW[:, :-1].copy()
+        counted_BT = (segments_BW[:, 1:] == segments_BW[:, :-1]) & (segments_BW[:, 1:] > 0)
+        if self._noise:
+            targets = tokens
+            tokens, counted_BT = self._noise.hide(targets, segments, range(position + start, position + stop))
         return {
-            "tokens": tokens_BW[:, :-1].copy(),
-            "targets": tokens_BW[:, 1:].copy(),
-            "segment_ids": segments_BW[:, :-1].copy(),
+            "tokens": tokens,
+            "targets": targets,
+            "segment_ids": segments,
             "positions": (index_W - begins_BW)[:, :-1].copy(),
-            "loss_mask": same_BT.astype(np.float32),
+            "loss_mask": counted_BT.astype(np.float32),
         }
 
     def sample_ids(self, position: int, count: int) -> list[str]:
@@ -145,9 +152,25 @@ def batches(
     Yields:
         (position after the batch, arrays by name, seconds waited for it). Errors of the thread are raised here.
     """
-    length = loader.config.sequence_length
     positions = range(position, 2**62 if stop is None else stop, batch_size)
-    return Batches(functools.partial(_device_batch, loader, (batch_size, length), sharding_for), positions, prefetch)
+    return Batches(lambda first: batch_at(loader, first, batch_size, sharding_for), positions, prefetch)
+
+
+def batch_at(
+    loader: Loader, position: int, batch_size: int, sharding_for: Callable[[str], Sharding]
+) -> dict[str, jax.Array]:
+    """The global batch whose first sample is number `position`, made now; arguments as those of `batches`."""
+    shape = (batch_size, loader.config.sequence_length)
+    read = functools.cache(lambda start, stop: loader.rows(position, start, stop))
+
+    def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return read(start, stop)[name][:, index[1]]
+
+    names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    return {
+        name: jax.make_array_from_callback(shape, sharding_for(name), functools.partial(part, name)) for name in names
+    }
 
 
 def _check_length(corpora: Corpora, split: SplitName, config: DataConfig) -> None:
@@ -161,21 +184,6 @@ def _check_length(corpora: Corpora, split: SplitName, config: DataConfig) -> Non
             f"--data.sequence-length={config.sequence_length} is too long for the {split} split, which has {tokens} "
             f"tokens in {documents} documents; use at most {max(tokens - 1, 1)}, or give more text"
         )
-
-
-def _device_batch(
-    loader: Loader, shape: tuple[int, int], sharding_for: Callable[[str], Sharding], position: int
-) -> dict[str, jax.Array]:
-    read = functools.cache(lambda start, stop: loader.rows(position, start, stop))
-
-    def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
-        start, stop, _ = index[0].indices(shape[0])
-        return read(start, stop)[name][:, index[1]]
-
-    names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-    return {
-        name: jax.make_array_from_callback(shape, sharding_for(name), functools.partial(part, name)) for name in names
-    }
 
 
 class _Thread(threading.Thread):

@@ -9,6 +9,7 @@ import binascii
 import hashlib
 import itertools
 import json
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ INFO = "tokenizer_info.json"
 END = "<|endoftext|>"
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 """Names by which a tokenizer.json may call the end of a document, the likeliest first."""
+MASK = "<|mask|>"
+MASKS = (MASK, "[MASK]", "<mask>")
+"""Names by which it may call what stands in the place of a hidden token."""
 MAX_FILE_BYTES = 256 * 2**20
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -56,6 +60,8 @@ class Tokenizer(ABC):
     """Ids run from 0 to vocabulary_size - 1; some may stand for nothing."""
     eos_id: int
     """Ends a document."""
+    mask_id: int | None = None
+    """Stands in the place of a hidden token."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
@@ -70,8 +76,33 @@ class Tokenizer(ABC):
         """int32 [V]: bytes of text each id stands for, 0 for special ids."""
 
     @abstractmethod
+    def texts(self) -> list[str]:
+        """What each id stands for: a space before it is there, bytes that are no character are U+FFFD, and special ids
+        stand for nothing."""
+
+    @abstractmethod
+    def with_mask(self) -> "Tokenizer":
+        """This tokenizer, with one id more for hidden tokens where it has none."""
+
+    def joints(self) -> tuple[np.ndarray, np.ndarray]:
+        """bool [V] twice: whether a word may go on from before an id into it, and from it into what follows.
+
+        Two neighbours are of one word where both are so on the side of the other. A word is of letters, digits and
+        underscores: spaces and punctuation stand for themselves.
+        """
+        texts = self.texts()
+        ends = ([text[:1] for text in texts], [text[-1:] for text in texts])
+        before, behind = (np.array([bool(c) and _in_word(c) for c in side]) for side in ends)
+        return before, behind
+
+    @abstractmethod
     def files(self) -> dict[str, bytes]:
         """File name -> content, everything `load` needs."""
+
+    def encode_framed(self, texts: Sequence[str]) -> Sequence[Ids]:
+        """As `encode_batch`, with the special tokens around that this tokenizer has for a text of its own (BERT's [CLS]
+        and [SEP])."""
+        return self.encode_batch(texts)
 
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self.encode_batch([text])[0]]
@@ -103,11 +134,22 @@ class Tokenizer(ABC):
         return sha.hexdigest()
 
 
-class Bytes(Tokenizer):
-    """UTF-8 bytes, and 256 for the end of a document."""
+def _is_byte(token: str) -> bool:
+    return token.startswith("<0x") and len(token) == 6
 
-    vocabulary_size = 257
+
+def _in_word(character: str) -> bool:
+    return unicodedata.category(character)[0] in "LMN" or character in ("_", "\ufffd")
+
+
+class Bytes(Tokenizer):
+    """UTF-8 bytes, 256 for the end of a document, and with a mask 257 for a hidden byte."""
+
     eos_id = 256
+
+    def __init__(self, mask: bool = False):
+        self.mask_id = 257 if mask else None
+        self.vocabulary_size = 258 if mask else 257
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
@@ -116,10 +158,17 @@ class Bytes(Tokenizer):
         return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
-        return np.array([1] * 256 + [0], np.int32)
+        return np.array([1] * 256 + [0] * (self.vocabulary_size - 256), np.int32)
+
+    def texts(self) -> list[str]:
+        special = [""] * (self.vocabulary_size - 256)
+        return [bytes([i]).decode(errors="replace") for i in range(256)] + special
+
+    def with_mask(self) -> Tokenizer:
+        return Bytes(mask=True)
 
     def files(self) -> dict[str, bytes]:
-        return {INFO: _json({"kind": "bytes"})}
+        return {INFO: _json({"kind": "bytes"} | ({} if self.mask_id is None else {"mask": True}))}
 
 
 class HuggingFace(Tokenizer):
@@ -135,6 +184,9 @@ class HuggingFace(Tokenizer):
         if eos not in vocabulary:
             raise UserError(f"tokenizer.json has no token {eos!r}, named as its end of a document")
         self.eos_id = vocabulary[eos]
+        self.mask_id = next((vocabulary[name] for name in MASKS if name in vocabulary), None)
+        # WordPiece (BERT) marks tokens that go on with a word; all others begin one.
+        self._continuing: str | None = getattr(tokenizer.model, "continuing_subword_prefix", None) or None
         self.vocabulary_size = max(vocabulary.values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
@@ -156,22 +208,52 @@ class HuggingFace(Tokenizer):
         special = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
         return tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], special))
 
+    def encode_framed(self, texts: Sequence[str]) -> Sequence[Ids]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=True)
 
     def byte_lengths(self) -> np.ndarray:
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        byte_level = self._byte_level
         lengths = np.zeros(self.vocabulary_size, np.int32)
         for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            if byte_level:
-                lengths[i] = len(token)  # each character of a byte-level token stands for one byte
-            elif token.startswith("<0x") and len(token) == 6:
-                lengths[i] = 1
-            else:
-                lengths[i] = len(token.replace("\u2581", " ").encode())  # SentencePiece writes a space so
+            # Each character of a byte-level token stands for one byte.
+            lengths[i] = len(token) if byte_level else 1 if _is_byte(token) else len(self._text(token).encode())
         for i, added in self._tokenizer.get_added_tokens_decoder().items():
             lengths[i] = 0 if added.special else len(added.content.encode())
         return lengths
+
+    def texts(self) -> list[str]:
+        texts, byte_level = [""] * self.vocabulary_size, self._byte_level
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            texts[i] = self._tokenizer.decode([i], skip_special_tokens=False) if byte_level else self._text(token)
+        for i, added in self._tokenizer.get_added_tokens_decoder().items():
+            texts[i] = "" if added.special else added.content
+        return texts
+
+    def joints(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._continuing is None:
+            return super().joints()
+        before = np.zeros(self.vocabulary_size, bool)
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            before[i] = token.startswith(self._continuing)
+        return before, self.byte_lengths() > 0
+
+    @property
+    def _byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+
+    def _text(self, token: str) -> str:
+        """What a token stands for that is not of bytes; SentencePiece writes a space in its own way."""
+        return "\ufffd" if _is_byte(token) else token.removeprefix(self._continuing or "").replace("\u2581", " ")
+
+    def with_mask(self) -> Tokenizer:
+        if self.mask_id is not None:
+            return self
+        other = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        other.add_special_tokens([MASK])
+        return HuggingFace(other, self._eos)
 
     def files(self) -> dict[str, bytes]:
         info = {"kind": "huggingface", "eos": self._eos}
@@ -181,7 +263,7 @@ class HuggingFace(Tokenizer):
 class Tiktoken(Tokenizer):
     """A tiktoken rank file: a line for each token, base64 of its bytes and its rank."""
 
-    def __init__(self, content: bytes, name: str):
+    def __init__(self, content: bytes, name: str, mask: bool = False):
         try:
             import tiktoken
         except ImportError:
@@ -199,7 +281,9 @@ class Tiktoken(Tokenizer):
         taken = set(ranks.values())
         free = next(i for i in range(len(ranks) + 1) if i not in taken)
         pattern, self.eos_id = TIKTOKEN.get(len(ranks), (CL100K_PATTERN, free))
-        self.vocabulary_size = max(*taken, self.eos_id) + 1
+        self.vocabulary_size = max(*taken, self.eos_id) + 1 + mask
+        self.mask_id = self.vocabulary_size - 1 if mask else None
+        self._name = name
         self._bytes = {rank: token for token, rank in ranks.items()}
         self._encoding = tiktoken.Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: self.eos_id}
@@ -214,8 +298,15 @@ class Tiktoken(Tokenizer):
     def byte_lengths(self) -> np.ndarray:
         return np.array([len(self._bytes.get(i, b"")) for i in range(self.vocabulary_size)], np.int32)
 
+    def texts(self) -> list[str]:
+        return [self._bytes.get(i, b"").decode(errors="replace") for i in range(self.vocabulary_size)]
+
+    def with_mask(self) -> Tokenizer:
+        return Tiktoken(self._content, self._name, mask=True)
+
     def files(self) -> dict[str, bytes]:
-        return {INFO: _json({"kind": "tiktoken"}), "tokenizer.tiktoken": self._content}
+        info = {"kind": "tiktoken"} | ({} if self.mask_id is None else {"mask": True})
+        return {INFO: _json(info), "tokenizer.tiktoken": self._content}
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -259,11 +350,12 @@ def _load_saved(folder: Path) -> Tokenizer:
     info = _parse(folder / INFO, _read(folder / INFO))
     kind = info.get("kind")
     if kind == "bytes":
-        return Bytes()
+        return Bytes(mask=info.get("mask") is True)
     if kind == "huggingface" and isinstance(info.get("eos"), str):
         return _hugging_face(folder / "tokenizer.json", _read(folder / "tokenizer.json"), eos=info["eos"])
     if kind == "tiktoken":
-        return Tiktoken(_read(folder / "tokenizer.tiktoken"), "tokenizer.tiktoken")
+        content = _read(folder / "tokenizer.tiktoken")
+        return Tiktoken(content, "tokenizer.tiktoken", mask=info.get("mask") is True)
     raise UserError(f"{folder / INFO} describes no tokenizer this version knows; prepare the corpus again")
 
 

@@ -68,10 +68,11 @@ def main(argv: list[str]) -> None:
 
 def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: RunConfig) -> None:
     from jaxlm.checkpoint.opened import open_run
-    from jaxlm.generate.decode import Generator
+    from jaxlm.generate.decode import Generator, check
     from jaxlm.generate.sampling import Sampling
     from jaxlm.generate.text import Output, TextStream
 
+    check(config.model)
     rule = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     texts = _texts(options, config, greedy=rule.greedy)
     run = open_run(folder, config, spec, options.step, note)

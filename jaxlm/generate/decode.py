@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config.errors import UserError
+from jaxlm.config.schema import ModelConfig
 from jaxlm.generate.sampling import Sampling, choose
 from jaxlm.models.build import Model, Params
 from jaxlm.models.decoder import Cache, empty_cache
@@ -94,10 +95,19 @@ def generate(
     )
 
 
+def check(config: ModelConfig) -> None:
+    """Raise UserError where a model does not continue text."""
+    if not config.causal:
+        raise UserError(
+            "an encoder finds hidden tokens and continues no text; use a run with model.architecture=decoder"
+        )
+
+
 class Generator:
     """`generate` for one model and mesh: its programs are compiled once for each shape that it meets."""
 
     def __init__(self, model: Model, runtime: Runtime):
+        check(model.config)
         attention = "reference" if runtime.attention == "reference" else "xla"
         self.model, self.runtime = model, replace(runtime, attention=attention, remat="none")
         self.programs: dict[tuple, Any] = {}

@@ -114,7 +114,11 @@ class Attempt:
             return Ending(Preempted.exit_code, "saved; the same command continues")
         if not any(beat.phase in UNSAVED for beat in self.watch.beats):
             return Ending(Preempted.exit_code, "stopped before the first step; the same command continues")
-        why = "not all processes could save" if done else f"the processes had not saved after {self.options.grace:g} s"
+        why = (
+            "not all processes could save"
+            if done or lost
+            else f"the processes had not saved after {self.options.grace:g} s"
+        )
         return Ending(1, f"{why}; the same command continues from the last checkpoint")
 
     def _fail(self, codes: Mapping[int, int], elsewhere: Ending | None) -> Ending | None:

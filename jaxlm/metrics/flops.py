@@ -4,7 +4,8 @@ A multiply-add is 2 FLOPs, and the backward pass takes twice the forward, so a p
 FLOPs a token, and a query-key pair of a head of size H costs 3 x (2 H for the logit + 2 H for the value) = 12 H:
 
     FLOPs per token = 6 x matmul parameters + 12 x heads x head_size x sum over layers of the mean keys a token sees
-    mean keys       = T / 2 under the causal mask, w - w^2 / (2 T) in a layer with a window of w < T tokens
+    mean keys       = T / 2 under the causal mask, w - w^2 / (2 T) in a layer with a window of w < T tokens,
+                      T in an encoder
     mfu             = FLOPs per token x tokens per second / (devices x peak FLOP/s of a device)
 
 Matmul parameters are the projections of attention and feed-forward and the output layer, tied or not; looking up an
@@ -55,7 +56,8 @@ A TPU multiplies float32 in one bfloat16 pass at JAX's default precision, so its
 
 def matmul_parameters(model: ModelConfig, vocabulary: int) -> int:
     """Parameters that a token is multiplied with."""
-    return model.layers * (_attention_kernels(model) + _mlp_kernels(model)) + model.embed * vocabulary
+    transform = 0 if model.causal else model.embed**2
+    return model.layers * (_attention_kernels(model) + _mlp_kernels(model)) + transform + model.embed * vocabulary
 
 
 def parameter_count(model: ModelConfig, vocabulary: int) -> int:
@@ -65,14 +67,15 @@ def parameter_count(model: ModelConfig, vocabulary: int) -> int:
     qk_norms = {"none": 0, "head": 2 * model.head_width, "projection": query + kv}[model.qk_norm]
     block = _attention_kernels(model) + qk_norms
     block += norm * (4 if model.norm_placement == "sandwich" else 2)
-    block += (query + 2 * kv) * model.qkv_bias + embed * model.output_bias
+    block += (query + 2 * kv) * ("qkv" in model.biases) + embed * ("output" in model.biases)
     block += max(model.experts, 1) * _mlp_parameters(model, model.mlp)
     if model.experts:
         block += (embed + (model.balance_rate > 0)) * model.experts
         block += _mlp_parameters(model, model.mlp * model.shared_experts) if model.shared_experts else 0
     tables = embed * vocabulary * (1 if model.tied else 2)
-    tables += embed * model.max_positions * (model.positions == "learned")
-    return model.layers * block + norm + tables
+    tables += embed * model.max_positions * (model.positions == "learned") + embed * model.token_types
+    transform = 0 if model.causal else embed * (embed + 1) + norm + vocabulary
+    return model.layers * block + norm + tables + transform
 
 
 def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -81,7 +84,7 @@ def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float
     mean_keys = 0.0
     for window in windows:
         seen = min(window or sequence_length, sequence_length)
-        mean_keys += seen - seen * seen / (2 * sequence_length)
+        mean_keys += seen - seen * seen / (2 * sequence_length) if model.causal else seen
     return 12 * model.heads * model.head_width * mean_keys
 
 
@@ -113,7 +116,7 @@ def mfu(flops_per_token: float | int, tokens_per_second: float | int, devices: i
 
 def explain(model: ModelConfig, vocabulary: int, sequence_length: int, device_kind: str, dtype: str) -> str:
     """The arithmetic behind the MFU of a run, in one line; says so where the peak is not known."""
-    parameters = matmul_parameters(model, vocabulary)
+    parameters, half = matmul_parameters(model, vocabulary), " (causal half)" if model.causal else ""
     attention = attention_flops_per_token(model, sequence_length)
     total = flops_per_token(model, vocabulary, sequence_length)
     peak = peak_flops(device_kind, dtype)
@@ -124,7 +127,7 @@ def explain(model: ModelConfig, vocabulary: int, sequence_length: int, device_ki
         else f"no mfu: the peak of {device_kind!r} in {dtype} is not known"
     )
     return (
-        f"6 x {parameters / 1e6:.1f}M matmul parameters + {attention / 1e6:.1f} MFLOP attention (causal half) "
+        f"6 x {parameters / 1e6:.1f}M matmul parameters + {attention / 1e6:.1f} MFLOP attention{half} "
         f"= {work} a token; {of_peak}"
     )
 
@@ -150,4 +153,4 @@ def _mlp_kernels(model: ModelConfig) -> int:
 def _mlp_parameters(model: ModelConfig, width: int) -> int:
     """All parameters of one feed-forward layer of this width."""
     inwards = 2 if model.gated else 1
-    return model.embed * width * (inwards + 1) + (width * inwards + model.embed) * model.mlp_bias
+    return model.embed * width * (inwards + 1) + (width * inwards + model.embed) * ("mlp" in model.biases)

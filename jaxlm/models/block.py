@@ -54,7 +54,7 @@ class Attention(nnx.Module):
 
     def __init__(self, rngs, config: ModelConfig):
         embed, heads, kv, size = config.embed, config.heads, config.key_value_heads, config.head_width
-        std, bias = embed**-0.5, config.qkv_bias
+        std, bias = embed**-0.5, "qkv" in config.biases
         self.config = config
         self.query = Linear(rngs, (embed, heads, size), ("embed", "heads", None), bias=bias, std=std)
         # A constant added to every key shifts all logits of a query alike, which softmax ignores: without rotation,
@@ -69,7 +69,7 @@ class Attention(nnx.Module):
             (heads, size, embed),
             ("heads", None, "embed"),
             inputs=2,
-            bias=config.output_bias,
+            bias="output" in config.biases,
             std=(heads * size) ** -0.5 / math.sqrt(2 * config.layers),
         )
         if config.qk_norm == "head":
@@ -110,6 +110,7 @@ class Attention(nnx.Module):
             q_positions_BT=tokens.positions_BT,
             kv_positions_BS=tokens.kv_positions_BS,
             scale=config.query_scale or config.head_width**-0.5,
+            causal=config.causal,
             window=window,
             softcap=config.attention_softcap,
             backend=runtime.attention,
@@ -157,7 +158,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the norms stand before, after or around each.
+    """x + attention(norm(x)), then x + mlp(norm(x)); the norms stand before, after or around each, or around the sums.
 
     Beside x it returns the cache, and of a mixture of experts the load.
     """
@@ -168,10 +169,12 @@ class Block(nnx.Module):
         def norm(wanted: bool) -> nnx.Module:
             return Norm(rngs, config, size=config.embed) if wanted else Identity()
 
-        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement in ("post", "sandwich")
+        of_sum = config.norm_placement == "sum"
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
+        self.attention_sum_norm = norm(of_sum)
         self.attention = Attention(rngs, config)
-        self.mlp_norm, self.mlp_post_norm = norm(before), norm(after)
+        self.mlp_norm, self.mlp_post_norm, self.mlp_sum_norm = norm(before), norm(after), norm(of_sum)
         self.mlp = Experts(rngs, config) if config.experts else Mlp(rngs, config)
 
     def __call__(
@@ -190,12 +193,12 @@ class Block(nnx.Module):
             self.attention_norm(x, runtime), tokens, runtime, window=window, turn=turn, cache=cache
         )
         a = checkpoint_name(a, "attention_out")
-        x = x + dropout(self.attention_post_norm(a, runtime), self.rate, noises[0])
+        x = self.attention_sum_norm(x + dropout(self.attention_post_norm(a, runtime), self.rate, noises[0]), runtime)
         m, load = self.mlp_norm(x, runtime), None
         if isinstance(self.mlp, Experts):
             m, load = self.mlp(m, tokens.segments_BT, runtime, drop=cache is None)
         else:
             m = self.mlp(m, runtime)
         m = checkpoint_name(m, "mlp_out")
-        x = x + dropout(self.mlp_post_norm(m, runtime), self.rate, noises[1])
+        x = self.mlp_sum_norm(x + dropout(self.mlp_post_norm(m, runtime), self.rate, noises[1]), runtime)
         return runtime.layout.constrain(x, "batch", "residual", None), cache, load

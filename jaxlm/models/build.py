@@ -9,7 +9,8 @@ from flax import nnx
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.schema import ModelConfig, padded
-from jaxlm.models.decoder import Cache, Decoder
+from jaxlm.models.decoder import Cache, Decoder, Output
+from jaxlm.models.encoder import Encoder
 from jaxlm.models.layers import Noise
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel.rules import Dims
@@ -18,9 +19,13 @@ Params = dict[str, Any]
 """Nested dict of arrays; the blocks' are stacked on a leading `layers` dim."""
 
 
+ARCHITECTURES: dict[str, type[Decoder]] = {"decoder": Decoder, "encoder": Encoder}
+"""What `model.architecture` names."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A decoder of one configuration."""
+    """A model of one configuration."""
 
     config: ModelConfig
     vocabulary: int
@@ -37,10 +42,10 @@ class Model:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters; run under jit with `out_shardings`, they are born sharded."""
-        return nnx.to_pure_dict(nnx.split(Decoder(nnx.Rngs(params=key), self.config, self.padded_vocabulary))[1])
+        return nnx.to_pure_dict(nnx.split(_describe(self.config, self.vocabulary, nnx.Rngs(params=key)))[1])
 
     def hidden(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
-        """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`.
+        """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`, and maybe `types`.
 
         With a `key`, dropout is on; then the batch has `places` too, the number of each token in it.
         """
@@ -50,7 +55,12 @@ class Model:
         """As `hidden`, and the loads [L, ...] of a mixture of experts (`models.router.Load`), None of another model."""
         decoder = nnx.merge(self.graph, params)
         x_BTD, _, loads = decoder(
-            batch["tokens"], batch["segment_ids"], batch["positions"], runtime, noise=_noise(batch, key)
+            batch["tokens"],
+            batch["segment_ids"],
+            batch["positions"],
+            runtime,
+            types_BT=batch.get("types"),
+            noise=_noise(batch, key),
         )
         return x_BTD, loads
 
@@ -62,7 +72,8 @@ class Model:
     def embed(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
         """What the first block reads [B, T, D]: where a pipeline begins."""
         decoder = nnx.merge(self.graph, params)
-        return decoder.embed(batch["tokens"], batch["positions"], runtime, noise=_noise(batch, key))
+        types, noise = batch.get("types"), _noise(batch, key)
+        return decoder.embed(batch["tokens"], batch["positions"], runtime, types_BT=types, noise=noise)
 
     def chunk(
         self,
@@ -85,15 +96,20 @@ class Model:
         """The final norm of what the last block wrote: where a pipeline ends."""
         return nnx.merge(self.graph, params).finish(x_BTD, runtime)
 
-    def output_matrix(self, params: Params, runtime: Runtime) -> tuple[jax.Array, bool]:
-        """The output layer's weights, and whether they stand as [V, D] (tied) rather than [D, V]."""
-        return nnx.merge(self.graph, params).output_matrix(runtime)
+    def before_output(self, params: Params, x_BTD: jax.Array, runtime: Runtime) -> jax.Array:
+        """What the output layer reads of final hidden states."""
+        return nnx.merge(self.graph, params).before_output(x_BTD, runtime)
+
+    def output_layer(self, params: Params, runtime: Runtime) -> Output:
+        """What turns that into logits."""
+        return nnx.merge(self.graph, params).output_layer(runtime)
 
     def logits(self, params: Params, x_BTD: jax.Array, runtime: Runtime) -> jax.Array:
         """float32 logits [B, T, vocabulary] of hidden states: for generation; training never makes them whole."""
-        matrix, transposed = self.output_matrix(params, runtime)
-        flat = x_BTD.reshape(-1, x_BTD.shape[-1])
+        matrix, transposed, bias = self.output_layer(params, runtime)
+        flat = self.before_output(params, x_BTD, runtime).reshape(-1, x_BTD.shape[-1])
         logits = jnp.matmul(flat, matrix.T if transposed else matrix, preferred_element_type=jnp.float32)
+        logits = logits if bias is None else logits + bias[None]
         if cap := self.config.logit_softcap:
             logits = cap * jnp.tanh(logits / cap)
         return logits.reshape(*x_BTD.shape[:-1], -1)[..., : self.vocabulary]
@@ -103,11 +119,15 @@ def _noise(batch: dict[str, jax.Array], key: jax.Array | None) -> Noise | None:
     return None if key is None else Noise(key, batch["places"])
 
 
+def _describe(config: ModelConfig, vocabulary: int, rngs: nnx.Rngs) -> Decoder:
+    return ARCHITECTURES[config.architecture](rngs, config, padded(vocabulary))
+
+
 def build(config: ModelConfig, tokenizer_vocabulary: int | None) -> Model:
     """Describe the model without making an array.
 
     Args:
-        config: the decoder.
+        config: what it is.
         tokenizer_vocabulary: ids of the data's tokenizer; None where there is no data (a dry run of a recipe).
 
     Raises:
@@ -121,7 +141,7 @@ def build(config: ModelConfig, tokenizer_vocabulary: int | None) -> Model:
             f"model.vocabulary {vocabulary} is smaller than the tokenizer's {tokenizer_vocabulary}; "
             "raise --model.vocabulary or leave it out"
         )
-    abstract = nnx.eval_shape(lambda: Decoder(nnx.Rngs(0), config, padded(vocabulary)))
+    abstract = nnx.eval_shape(lambda: _describe(config, vocabulary, nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     dims: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(state):

@@ -4,7 +4,7 @@ Legend: B batch, T query length, S cache length, D embed, V vocabulary (padded),
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,15 @@ from jaxlm.parallel.sequence import COPIES, PARTS
 
 Cache = dict[str, Any]
 """k, v [L, B, S, K, H]; positions, segments [B, S] (segment -1: empty); length, the slots used."""
+
+
+class Output(NamedTuple):
+    """The output layer: logits are hidden states times `matrix`, plus `bias`."""
+
+    matrix: Float[Array, "rows columns"]
+    transposed: bool
+    """It stands as [V, D] (an embedding table, tied) rather than [D, V]."""
+    bias: Float[Array, "V"] | None
 
 
 class Embedding(nnx.Module):
@@ -61,13 +70,15 @@ class Embedding(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A causal language model up to its final norm; `output_matrix` turns its result into logits."""
+    """A language model up to its final norm; `output_layer` turns its result into logits."""
 
     def __init__(self, rngs, config: ModelConfig, vocabulary: int):
         self.config = config
         self.tokens = Embedding(rngs, vocabulary, config.embed, "vocab")
         if config.positions == "learned":
             self.positions = Embedding(rngs, config.max_positions, config.embed, None)
+        if config.token_types:
+            self.types = Embedding(rngs, config.token_types, config.embed, None)
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -75,7 +86,10 @@ class Decoder(nnx.Module):
             return Block(rngs, config)
 
         self.blocks = stack(rngs)
-        self.final_norm = Norm(rngs, config, size=config.embed)
+        if config.norm_placement == "sum":  # the last block's sum has its norm, and so has the embedding
+            self.embed_norm = Norm(rngs, config, size=config.embed)
+        else:
+            self.final_norm = Norm(rngs, config, size=config.embed)
         if not config.tied:
             self.head = Linear(rngs, (config.embed, vocabulary), ("embed", "vocab"), bias=False, std=config.embed**-0.5)
 
@@ -86,12 +100,13 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         runtime: Runtime,
         *,
+        types_BT: Int[Array, "B T"] | None = None,
         noise: Noise | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Load | None]:
         """Hidden states after the final norm, the cache with this call's keys and values in it, and the loads [L, ...]
         of a mixture of experts."""
-        x = self.embed(tokens_BT, positions_BT, runtime, noise=noise)
+        x = self.embed(tokens_BT, positions_BT, runtime, types_BT=types_BT, noise=noise)
         where = Tokens(positions_BT, segments_BT)
         if cache is not None:
             cache = _append_tokens(cache, positions_BT, segments_BT)
@@ -105,21 +120,27 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         runtime: Runtime,
         *,
+        types_BT: Int[Array, "B T"] | None = None,
         noise: Noise | None = None,
     ) -> Float[Array, "B T D"]:
-        """What the first block reads."""
+        """What the first block reads; without `types_BT` all tokens are of the first type."""
         config, layout = self.config, runtime.layout
         x = self.tokens(tokens_BT, runtime)
         if config.embed_scale:
             x = x * jnp.asarray(math.sqrt(config.embed), x.dtype)
         if config.positions == "learned":
             x = x + self.positions(positions_BT, runtime)
+        if config.token_types:
+            first_D = runtime.use(self.types.embedding)[0]
+            x = x + (first_D[None, None] if types_BT is None else self.types(types_BT, runtime))
+        if config.norm_placement == "sum":
+            x = self.embed_norm(x, runtime)
         x = dropout(x, config.dropout, None if noise is None else noise.of(config.layers))
         return layout.constrain(x, "batch", "residual", None)
 
     def finish(self, x_BTD: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
         """The final norm of what the last block wrote."""
-        return self.final_norm(x_BTD, runtime)
+        return x_BTD if self.config.norm_placement == "sum" else self.final_norm(x_BTD, runtime)
 
     def run_chunk(
         self,
@@ -136,11 +157,15 @@ class Decoder(nnx.Module):
         where = Tokens(positions_BT, segments_BT)
         return run_chunk(self.blocks, self.config, numbers_L, x_BTD, where, runtime, ragged=ragged, noise=noise)
 
-    def output_matrix(self, runtime: Runtime) -> tuple[jax.Array, bool]:
-        """The output layer's weights, and whether they stand as [V, D] (tied) rather than [D, V]."""
+    def before_output(self, x_BTD: Float[Array, "B T D"], runtime: Runtime) -> Float[Array, "B T D"]:
+        """What the output layer reads of final hidden states."""
+        return x_BTD
+
+    def output_layer(self, runtime: Runtime) -> Output:
+        """What turns it into logits."""
         if self.config.tied:
-            return runtime.use(self.tokens.embedding), True
-        return runtime.use(self.head.kernel), False
+            return Output(runtime.use(self.tokens.embedding), True, None)
+        return Output(runtime.use(self.head.kernel), False, None)
 
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> Cache:

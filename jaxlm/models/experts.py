@@ -37,7 +37,7 @@ class Mlps(nnx.Module):
     """The parameters of E feed-forward layers, each as in `layers.Mlp`."""
 
     def __init__(self, rngs, config: ModelConfig):
-        experts, embed, mlp, bias = config.experts, config.embed, config.mlp, config.mlp_bias
+        experts, embed, mlp, bias = config.experts, config.embed, config.mlp, "mlp" in config.biases
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         self.up = Bank(rngs, (experts, embed, mlp), inwards, bias=bias, std=embed**-0.5)
         self.gate = Bank(rngs, (experts, embed, mlp), inwards, bias=bias, std=embed**-0.5) if config.gated else None

@@ -130,8 +130,8 @@ class Norm(nnx.Module):
 
     def __init__(self, rngs, config: ModelConfig, *, size: int, kind: str | None = None, dim: str | None = "embed"):
         kind = kind or config.norm
-        self.epsilon, self.offset = config.norm_epsilon, config.norm_offset
-        self.scale = parameter(rngs, (size,), (dim,), zeros if config.norm_offset else ones)
+        self.epsilon, self.offset = config.norm_epsilon, config.norm == "rms_offset"
+        self.scale = parameter(rngs, (size,), (dim,), zeros if self.offset else ones)
         self.bias = parameter(rngs, (size,), (dim,), zeros) if kind == "layer" else None
 
     def __call__(self, x: Float[Array, "... D"], runtime: Runtime) -> Float[Array, "... D"]:
@@ -210,7 +210,7 @@ class Mlp(nnx.Module):
     """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where gated (Shazeer 2020)."""
 
     def __init__(self, rngs, config: ModelConfig):
-        embed, mlp, bias = config.embed, config.mlp, config.mlp_bias
+        embed, mlp, bias = config.embed, config.mlp, "mlp" in config.biases
         std = embed**-0.5
         self.activation = config.activation
         self.up = Linear(rngs, (embed, mlp), ("embed", "mlp"), bias=bias, std=std)

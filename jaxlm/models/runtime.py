@@ -74,7 +74,7 @@ class Runtime:
 
     def summed(self, y: jax.Array) -> jax.Array:
         """The residual stream [B, T, D] of what each device of `model` adds to it, [B, T, S, D]."""
-        return sequence.sum_scatter(y, self.layout) if self.cuts_residual else y.sum(axis=2)
+        return sequence.sum_copies(y, self.layout) if self.cuts_residual else y.sum(axis=2)
 
     def cuts(self, dim: str | None) -> bool:
         """Whether `model` cuts `dim`."""

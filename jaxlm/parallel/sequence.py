@@ -26,7 +26,7 @@ def gather_copies(x_BTD: Float[Array, "B T D"], layout: Layout) -> Float[Array, 
     return _pair(_gather, _scatter, layout)(x_BTD)
 
 
-def sum_scatter(y_BTSD: Float[Array, "B T S D"], layout: Layout) -> Float[Array, "B T D"]:
+def sum_copies(y_BTSD: Float[Array, "B T S D"], layout: Layout) -> Float[Array, "B T D"]:
     """The sum of what the devices of `model` computed, each with its part of the sequence: a reduce-scatter."""
     return _pair(_scatter, _gather, layout)(y_BTSD)
 

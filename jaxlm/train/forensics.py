@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.config.files import write_atomically
-from jaxlm.data.loader import Loader, batches
+from jaxlm.data.loader import Loader, batch_at
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.state import State
 from jaxlm.train.step import train_step
@@ -25,8 +26,7 @@ def record(folder: Path, assembly: Assembly, loader: Loader, state: State, bad: 
     """
     config, size = assembly.config, assembly.config.data.batch_size
     position = bad.position - (bad.step - bad.first + 1) * size
-    with batches(loader, position, size, lambda name: assembly.batch[name].sharding, 0, position + size) as stream:
-        _, batch, _ = next(stream)
+    batch = batch_at(loader, position, size, lambda name: assembly.batch[name].sharding)
     step = train_step(
         assembly.model,
         assembly.optimizer,
@@ -42,7 +42,8 @@ def record(folder: Path, assembly: Assembly, loader: Loader, state: State, bad: 
         trees = {"parameters": state["params"], "optimizer": state["optimizer"], "gradients": metrics["gradients"]}
         return {"loss": metrics["loss"], **{name: _by_leaf(tree) for name, tree in trees.items()}}
 
-    found = jax.tree.map(_plain, jax.jit(measure)(state, batch))
+    everywhere = NamedSharding(assembly.runtime.layout.mesh, PartitionSpec())
+    found = jax.tree.map(_plain, jax.jit(measure, out_shardings=everywhere)(state, batch))
     path = folder / "forensics" / f"step-{bad.first}.json"
     if jax.process_index() == 0:
         steps = range(bad.first, bad.step + 1)

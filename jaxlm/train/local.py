@@ -6,7 +6,7 @@ merged with those across replicas.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,20 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import pipeline
-from jaxlm.parallel.rules import Layout, cut_by
+from jaxlm.parallel.rules import cut_by
 
 Tree = Any
-Reduce = Callable[[Tree], Tree]
 
 
-def axes(layout: Layout) -> tuple[str, ...]:
-    """The mesh axes that are taken over: all but `model`, whose collectives are within the layers."""
-    mesh = layout.mesh
-    # An axis of one device would cost nothing as automatic, but all manual is the simpler program.
-    return tuple(axis for axis in mesh.axis_names if axis != "model" or mesh.shape[axis] == 1)
+class Cut(NamedTuple):
+    """What a device knows of how parameters and gradients are cut."""
+
+    held: Tree
+    """Partition specs of the parameters."""
+    automatic: frozenset[str]
+    """Mesh axes that are left to the partitioner."""
+    reduce: Callable[[Tree], Tree]
+    """A device's gradients, summed over the others: inside a replica first, then across replicas."""
 
 
 def summed(
@@ -37,15 +40,21 @@ def summed(
     shardings: Tree,
     **arguments: Any,
 ) -> tuple[Tree, Tree]:
-    """`gradients(params, batch, runtime, reduce=..., ...)` of what each device has, and the other sums it returns, over
-    all devices.
+    """`gradients(params, batch, runtime, cut=..., ...)` of what each device has, placed as `shardings`, and the other
+    sums that it returns, over all devices.
 
-    It calls `reduce` on gradients before it returns them: inside a replica first, then across replicas. Here is the
-    place to synchronise those less often, or to send less.
+    It calls `cut.reduce` on gradients before it returns them. Here is the place to synchronise replicas less often, or
+    to send less.
+
+    Args:
+        dims: logical dims of the parameters.
     """
     layout = runtime.layout
-    mesh, names = layout.mesh, axes(layout)
-    manual = frozenset(names)
+    mesh = layout.mesh
+    # All but `model`, whose collectives are within the layers. An axis of one device would cost nothing as automatic,
+    # but all manual is the simpler program.
+    names = tuple(axis for axis in mesh.axis_names if axis != "model" or mesh.shape[axis] == 1)
+    manual, others = frozenset(names), tuple(axis for axis in names if mesh.shape[axis] > 1)
     automatic = frozenset(mesh.axis_names) - manual
     inner = replace(runtime, layout=layout.within(manual))
     held = jax.tree.map(lambda leaf, of: layout.spec(of, leaf.shape), params, dims)
@@ -57,14 +66,14 @@ def summed(
     def reduce(grads: Tree) -> Tree:
         if runtime.platform == "cpu":  # XLA:CPU aborts on a sum of bfloat16 that a shard_map asks for
             grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
-        return pipeline.reduce_gradients(grads, held, wanted, [a for a in names if mesh.shape[a] > 1], automatic)
+        return pipeline.reduce_gradients(grads, held, wanted, others, automatic)
 
-    def local(params: Tree, batch: dict[str, jax.Array], arguments: dict[str, Any]) -> tuple[Tree, Tree]:
-        grads, sums = gradients(params, batch, inner, reduce=reduce, **arguments)
-        return grads, jax.lax.psum(sums, names)
+    def on_device(params: Tree, batch: dict[str, jax.Array], arguments: dict[str, Any]) -> tuple[Tree, Tree]:
+        grads, sums = gradients(params, batch, inner, cut=Cut(held, automatic, reduce), **arguments)
+        return grads, jax.lax.psum(sums, others) if others else sums
 
     grads, sums = jax.shard_map(
-        local,
+        on_device,
         mesh=mesh,
         in_specs=(by_hand(held), cut_by(layout.spec(("batch", "sequence")), manual), PartitionSpec()),
         out_specs=(by_hand(wanted), PartitionSpec()),
@@ -72,3 +81,8 @@ def summed(
         check_vma=False,
     )(params, batch, arguments)
     return jax.lax.with_sharding_constraint(grads, shardings), sums
+
+
+def microbatches(batch: dict[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+    """A device's rows [B, T] as [M, B / M, T]: microbatch m takes every M-th row from row m, whatever the mesh."""
+    return {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.checkpoint.store import SaveFailed, Store
+from jaxlm.checkpoint.store import Store
 from jaxlm.config import faultpoints
 from jaxlm.config.checks import check, profile_window
 from jaxlm.config.errors import Diverged, Preempted
@@ -35,7 +35,10 @@ from jaxlm.train.beside import beside, import_later_needs
 from jaxlm.train.evaluate import Evaluator
 from jaxlm.train.faults import StopRequest, alone, not_waiting_for_others
 from jaxlm.train.meter import Meter
+from jaxlm.train.profiler import Profiler
+from jaxlm.train.replicas import Differing, Replicas
 from jaxlm.train.sample import write_sample
+from jaxlm.train.saving import Saver
 from jaxlm.train.state import State
 from jaxlm.train.step import Batch, Metrics
 from jaxlm.train.watch import BadNumbers, Watch
@@ -111,9 +114,10 @@ class Run:
         self.meter, self.clock = Meter(assembly), Goodput()
         self.furthest = max((line["step"] for line in read(folder / "metrics.superseded.jsonl")), default=0)
         self.position = self.seen_tokens = 0
-        self.profiling = False
-        self.failed_saves = 0
-        self.watch, self.rewinds, self.rewound_to = Watch(self.config.train.max_skipped), 0, 0
+        self.profiler = Profiler(folder, self.config.profile.steps, progress.say)
+        waits = self.config.checkpoint.on_failure == "wait"
+        self.saver = Saver(store, Replicas(assembly.plan.abstract), events, progress.say, waits)
+        self.watch, self.rewinds, self.rewound_to = Watch(self.config.train.max_skipped), 0, -1
         self.evaluate: Evaluator | None = None
         if self.config.eval.every and not corpora.documents("validation"):
             progress.say("no evaluation: a corpus of one document (or copies of it) leaves nothing to hold out")
@@ -147,11 +151,11 @@ class Run:
             while True:
                 try:
                     state = self._steps(compiled, state, step, stop)
-                    break
-                except BadNumbers as error:
+                    self._finish(state)
+                    return
+                except (BadNumbers, Differing) as error:
                     bad = error.with_traceback(None)  # which would keep the state alive
-                state, step = self._rewind(bad)
-            self._finish(state)
+                state, step = self._rewind(bad) if isinstance(bad, BadNumbers) else self._redo(bad)
 
     def _claim(self, step: int) -> None:
         """Make the folder this run's, once nothing but training can fail: a mistake that shows only while compiling
@@ -170,13 +174,13 @@ class Run:
         cure = "lower --optimizer.learning-rate, or look at the data around that step"
         if self.rewinds > most:
             raise self._diverged(bad, f"{bad}; it went back {most} times (--train.max-rewinds): {cure}")
-        with self._one_failed_save(bad.step):
-            self.store.wait()
+        self.saver.settle(bad.step)
         before = bad.first if bad.first > self.rewound_to + 1 else self.rewound_to
         step = self.store.latest_valid(say, before)
         if step is None:
             raise self._diverged(bad, f"{bad}, and there is no checkpoint before them to go back to: {cure}")
         self.store.forget_after(step)
+        self.furthest = max(self.furthest, bad.step)
         start = resume.begin(self.assembly, self.store, step)
         self.tracker.rewind(step)
         self.watch.restart()
@@ -186,7 +190,26 @@ class Run:
         say(f"{bad}; going back to step {step}, without samples {samples[0]:,} to {samples[1]:,}")
         return start.state, step
 
-    def _diverged(self, bad: BadNumbers, line: str) -> Diverged:
+    def _redo(self, bad: Differing) -> tuple[State, int]:
+        """Go back to where a restart would begin, and on with the same data: the state and step to go on with."""
+        most, say = self.config.train.max_rewinds, self.progress.say
+        self.rewinds += 1
+        self.saver.settle(bad.step)
+        if self.rewinds > most:
+            last = max(self.store.steps(), default=None)
+            where = "from the beginning" if last is None else f"from checkpoint {last}"
+            cure = f"look for a faulty device; the same command continues {where}, which was saved before"
+            raise self._diverged(bad, f"{bad}; it went back {most} times (--train.max-rewinds): {cure}")
+        start = resume.begin(self.assembly, self.store, resume.choose(self.store, "auto", say))
+        self.tracker.rewind(start.step)
+        self.watch.restart()
+        self.furthest, self.rewound_to = max(self.furthest, bad.step), -1
+        self.position, self.seen_tokens = start.position, start.seen_tokens
+        self.events.record("fault", step=bad.step, kind="redo", to=start.step)
+        say(f"{bad}; doing the steps after {start.step} again, with the same data")
+        return start.state, start.step
+
+    def _diverged(self, bad: BadNumbers | Differing, line: str) -> Diverged:
         self.events.record("fault", step=bad.step, kind="diverged")
         return Diverged(line)
 
@@ -220,7 +243,7 @@ class Run:
             for self.position, batch, waited in stream:
                 step += 1
                 self._enter("step", step)
-                self._profile(step, state)
+                self.profiler.before(step, state)
                 state, metrics = compiled(state, batch)
                 faultpoints.point("step")
                 self.seen_tokens += size * length
@@ -237,27 +260,30 @@ class Run:
         self._enter("step", step)
         if pending:
             self._read(pending, state)
-        self._profile(None, state)
+        self.profiler.before(None, state)
         return state
 
     def _due(self, step: int) -> bool:
         every = (self.config.checkpoint.every, self.config.eval.every)
-        return any(n and step % n == 0 for n in every)
+        return self.saver.must or any(n and step % n == 0 for n in every)
 
     def _between(self, step: int, state: State, stopped_by: str | None) -> None:
         """What happens between two steps: evaluation, a save, or the end that a signal asked for."""
         config = self.config
         began = time.perf_counter()
         if stopped_by:
-            self._profile(None, state)
-            self._save(step, state)
-            self.store.wait()
+            self.profiler.before(None, state)
+            try:
+                self._save(step, state, whole=True)
+            except Differing as bad:
+                raise Preempted(f"{stopped_by}: {bad}, so nothing was saved; the same command continues") from None
             self.events.record("fault", step=step, kind=stopped_by)
             raise Preempted(f"{stopped_by}: saved step {step} to {self.folder}; the same command continues from there")
+        due = self.saver.must or (config.checkpoint.every > 0 and step % config.checkpoint.every == 0)
         # What is saved while numbers are bad would take the place of what the run may have to go back to.
-        if config.checkpoint.every and step % config.checkpoint.every == 0 and not self.watch.in_row:
-            with self._one_failed_save(step):
-                self._save(step, state)
+        if due and not self.watch.in_row:
+            with self.saver.survived(step):
+                self._save(step, state, whole=self.saver.must)
         if self.evaluate and step % config.eval.every == 0:
             self._evaluate(step, state)
         self.meter.pause(time.perf_counter() - began)
@@ -270,12 +296,11 @@ class Run:
         try:
             self.watch.see(step, pending.position, values["loss"], values.pop("streak") == 0)
         except BadNumbers as bad:
+            self._enter("compile", step)  # of the program that measures, and maybe a restore: longer than any step
             path = forensics.record(self.folder, self.assembly, self.loader, state, bad)
             self.progress.say(f"what is known of step {bad.first} is in {path}")
             raise
-        with self._one_failed_save(step):
-            if self.store.poll() is not None:
-                self.failed_saves = 0
+        self.saver.look(step)
         every = self.config.train.log_every
         if step % every == 0 or step in (1, self.config.train.steps):
             counted = values.pop("tokens")
@@ -283,20 +308,8 @@ class Run:
             self.tracker.log(step, logged)
             self.progress.report(step, logged)
 
-    @contextmanager
-    def _one_failed_save(self, step: int) -> Iterator[None]:
-        """One save that fails is said and survived: the next may find room again. Two in a row end the run, before the
-        work that a third would lose."""
-        try:
-            yield
-        except SaveFailed as error:
-            self.failed_saves += 1
-            self.events.record("fault", step=step, kind="save failed", message=str(error))
-            if self.failed_saves > 1:
-                raise
-            self.progress.say(f"warning: {error}; training goes on to the next save")
-
-    def _save(self, step: int, state: State) -> None:
+    def _save(self, step: int, state: State, whole: bool = False) -> None:
+        """Begin a save; `whole`: and go on once it is on disk. Raises Differing, SaveFailed."""
         self._enter("save", step)
         meta = {
             "step": step,
@@ -306,8 +319,8 @@ class Run:
             "mesh": self.mesh,
             "config": dump(self.config),
         }
-        self.store.save(step, state, meta)
-        self.events.record("save", step=step)
+        save = self.saver.whole if whole else self.saver.begin
+        save(step, state, meta)
         self._account()
 
     def _evaluate(self, step: int, state: State) -> None:
@@ -322,7 +335,7 @@ class Run:
         )
 
     def _finish(self, state: State) -> None:
-        self._save(self.config.train.steps, state)
+        self._save(self.config.train.steps, state, whole=self.saver.waits)
         self._close(state, self.config.train.steps)
 
     def _ended(self, step: int) -> bool:
@@ -334,7 +347,7 @@ class Run:
         if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
             self._evaluate(step, state)
         self._enter("end", step)
-        if self.config.eval.sample_tokens:
+        if self.config.eval.sample_tokens and self.config.model.causal:
             with self.clock.within("eval"):
                 text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
             self.progress.say(f"sample after step {step}:\n{text}\n")
@@ -345,25 +358,6 @@ class Run:
         if jax.process_index() == 0:
             self.progress.say(goodput.describe(goodput.of_run(read(self.folder / "events.jsonl"))))
         self.progress.say(f"done: {step} steps in {self.folder}")
-
-    def _profile(self, step: int | None, state: State) -> None:
-        """Start or stop the profiler where `step`, which comes next, enters or leaves its window; None: no more steps.
-
-        A run that is continued within the window records the rest of it.
-        """
-        if not self.config.profile.steps:
-            return
-        first, last = profile_window(self.config.profile.steps)
-        inside = step is not None and first <= step <= last
-        if inside == self.profiling:
-            return
-        jax.block_until_ready(state)  # so that the steps of the window are in it whole, and no others
-        self.profiling = inside
-        if inside:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-        else:
-            jax.profiler.stop_trace()
-            self.progress.say(f"profile of steps {first} to {last} in {self.folder / 'profile'}")
 
 
 class _Pending(NamedTuple):

@@ -53,12 +53,14 @@ def token_losses(
 
     With `plain`, without z-loss and label smoothing: what evaluation reports.
     """
-    matrix, transposed = model.output_matrix(params, runtime)
+    matrix, transposed, bias = model.output_layer(params, runtime)
+    x_BTD = model.before_output(params, x_BTD, runtime)
     return cross_entropy(
         by_device(runtime.copies(x_BTD), runtime.layout),
         matrix,
         by_device(batch["targets"], runtime.layout),
         by_device(batch["loss_mask"], runtime.layout),
+        bias,
         vocabulary=model.vocabulary,
         chunk=config.train.loss_chunk,
         z_loss=0.0 if plain else config.train.z_loss,
@@ -97,6 +99,7 @@ def cross_entropy(
     head: Float[Array, "rows columns"],
     targets_N: Int[Array, "N"],
     mask_N: Float[Array, "N"],
+    bias: Float[Array, "V"] | None = None,
     *,
     vocabulary: int,
     chunk: int = 0,
@@ -113,8 +116,8 @@ def cross_entropy(
     `torch.nn.CrossEntropyLoss`), plus `z_loss` * logsumexp(logits)^2 (PaLM, https://arxiv.org/abs/2204.02311).
 
     `head` is [D, V], or [V, D] if `transposed` (an embedding table, used as it lies); its columns from `vocabulary` on
-    are padding and get neither probability nor gradient. Logits become softcap * tanh(logits / softcap) first, and are
-    float32 whatever the dtype of `x_ND` and `head`, which must agree.
+    are padding and get neither probability nor gradient. Logits get the `bias` and become softcap * tanh(logits /
+    softcap) first, and are float32, as the bias, whatever the dtype of `x_ND` and `head`, which must agree.
 
     Logits of at most `chunk` columns exist at a time (0: all columns, of some tokens at a time); a last, smaller chunk
     takes what does not divide. `shards` and `token_shards` say over how many devices V and N are split; `x_ND` may come
@@ -136,91 +139,100 @@ def cross_entropy(
     x_NSD = jnp.broadcast_to(x_ND[:, None], (len(x_ND), shards, x_ND.shape[1])) if x_ND.ndim == 2 else x_ND
     x_GLSD, targets_GL, mask_GL = (a.reshape(token_shards, -1, *a.shape[1:]) for a in (x_NSD, targets_N, mask_N))
     run = _by_tokens if columns == local else _by_vocabulary
-    return run(x_GLSD, head.reshape(split), targets_GL, mask_GL, terms), mask_N.sum(dtype=jnp.float32)
+    bias_SW = None if bias is None else bias.reshape(shards, local)
+    return run(x_GLSD, head.reshape(split), bias_SW, targets_GL, mask_GL, terms), mask_N.sum(dtype=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _by_tokens(x_GLSD, head, targets_GL, mask_GL, terms):
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _by_tokens(x_GLSD, head, bias_SW, targets_GL, mask_GL, terms):
     def add_block(loss_G, start, size):
         x_GRSD, targets_GR, mask_GR = _slices((x_GLSD, targets_GL, mask_GL), start, size, axis=1)
-        sums, _ = _add_chunk(None, _logits(x_GRSD, head, terms), 0, targets_GR, terms)
+        sums, _ = _add_chunk(None, _logits(x_GRSD, head, bias_SW, terms), 0, targets_GR, terms)
         return loss_G + (_combined(sums, terms)[1] * mask_GR).sum(axis=1)
 
     loss_G = jnp.zeros(x_GLSD.shape[0], jnp.float32)
     return _walk(add_block, loss_G, x_GLSD.shape[1], _block(x_GLSD, terms)).sum()
 
 
-def _by_tokens_forward(x_GLSD, head, targets_GL, mask_GL, terms):
+def _by_tokens_forward(x_GLSD, head, bias_SW, targets_GL, mask_GL, terms):
     """The loss, and its gradients as if the cotangent were 1: a scalar can be multiplied in later."""
 
     def add_block(carry, start, size):
-        loss_G, dx_GLSD, dhead_GDSW = carry
+        loss_G, dx_GLSD, dhead_GDSW, dbias_GSW = carry
         x_GRSD, targets_GR, mask_GR = _slices((x_GLSD, targets_GL, mask_GL), start, size, axis=1)
-        logits_GRSW = _logits(x_GRSD, head, terms)
+        logits_GRSW = _logits(x_GRSD, head, bias_SW, terms)
         sums, powers_GRSW = _add_chunk(None, logits_GRSW, 0, targets_GR, terms)
         lse_GR, loss_GR = _combined(sums, terms)
         shares_GRSW = powers_GRSW * jnp.exp(sums[0] - lse_GR[..., None])[..., None]
-        d_GRSW = _logits_gradient(shares_GRSW, logits_GRSW, 0, lse_GR, targets_GR, mask_GR, terms).astype(x_GLSD.dtype)
+        d_GRSW = _logits_gradient(shares_GRSW, logits_GRSW, 0, lse_GR, targets_GR, mask_GR, terms)
+        dbias_GSW = None if bias_SW is None else dbias_GSW + d_GRSW.sum(axis=1)
+        d_GRSW = d_GRSW.astype(x_GLSD.dtype)
         dx_GLSD = jax.lax.dynamic_update_slice_in_dim(dx_GLSD, _dx(d_GRSW, head, terms), start, axis=1)
         return (
             loss_G + (loss_GR * mask_GR).sum(axis=1),
             dx_GLSD,
             dhead_GDSW + _matmul("grsd,grsc->gdsc", x_GRSD, d_GRSW),
+            dbias_GSW,
         )
 
     (groups, length, shards, embed), local = x_GLSD.shape, _split_shape(head, terms)[1]
     zeros = [(groups,), x_GLSD.shape, (groups, embed, shards, local)]
-    carry = tuple(jnp.zeros(shape, jnp.float32) for shape in zeros)
-    loss_G, dx_GLSD, dhead_GDSW = _walk(add_block, carry, length, _block(x_GLSD, terms))
-    return loss_G.sum(), (dx_GLSD, dhead_GDSW.sum(axis=0), jnp.zeros((), x_GLSD.dtype))
+    no_bias = None if bias_SW is None else jnp.zeros((groups, shards, local), jnp.float32)
+    carry = (*(jnp.zeros(shape, jnp.float32) for shape in zeros), no_bias)
+    loss_G, dx_GLSD, dhead_GDSW, dbias_GSW = _walk(add_block, carry, length, _block(x_GLSD, terms))
+    dbias_SW = None if dbias_GSW is None else dbias_GSW.sum(axis=0)
+    return loss_G.sum(), (dx_GLSD, dhead_GDSW.sum(axis=0), dbias_SW, jnp.zeros((), x_GLSD.dtype))
 
 
 def _by_tokens_backward(terms, residuals, cotangent):
-    dx_GLSD, dhead_DSW, like = residuals
+    dx_GLSD, dhead_DSW, dbias_SW, like = residuals
     dhead = _as_head(dhead_DSW * cotangent, terms)
-    return (dx_GLSD * cotangent).astype(like.dtype), dhead.astype(like.dtype), None, None
+    dbias_SW = None if dbias_SW is None else dbias_SW * cotangent
+    return (dx_GLSD * cotangent).astype(like.dtype), dhead.astype(like.dtype), dbias_SW, None, None
 
 
 _by_tokens.defvjp(_by_tokens_forward, _by_tokens_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _by_vocabulary(x_GLSD, head, targets_GL, mask_GL, terms):
-    return _by_vocabulary_forward(x_GLSD, head, targets_GL, mask_GL, terms)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _by_vocabulary(x_GLSD, head, bias_SW, targets_GL, mask_GL, terms):
+    return _by_vocabulary_forward(x_GLSD, head, bias_SW, targets_GL, mask_GL, terms)[0]
 
 
-def _by_vocabulary_forward(x_GLSD, head, targets_GL, mask_GL, terms):
+def _by_vocabulary_forward(x_GLSD, head, bias_SW, targets_GL, mask_GL, terms):
     def add_chunk(sums, start, size):
-        (columns,) = _slices((head,), start, size, axis=_axis(terms))
-        logits_GLSC, local = _logits(x_GLSD, columns, terms), _split_shape(head, terms)[1]
+        columns, bias_SC = _columns(head, bias_SW, start, size, terms)
+        logits_GLSC, local = _logits(x_GLSD, columns, bias_SC, terms), _split_shape(head, terms)[1]
         return _add_chunk(sums, logits_GLSC, start, targets_GL, terms, local)[0]
 
     shards, local = _split_shape(head, terms)
     zeros_GLS = jnp.zeros((*targets_GL.shape, shards), jnp.float32)
     sums = _walk(add_chunk, (zeros_GLS + HIDDEN, zeros_GLS, zeros_GLS, zeros_GLS), local, terms.chunk)
     lse_GL, loss_GL = _combined(sums, terms)
-    return (loss_GL * mask_GL).sum(), (x_GLSD, head, targets_GL, mask_GL, lse_GL)
+    return (loss_GL * mask_GL).sum(), (x_GLSD, head, bias_SW, targets_GL, mask_GL, lse_GL)
 
 
 def _by_vocabulary_backward(terms, residuals, cotangent):
-    x_GLSD, head, targets_GL, mask_GL, lse_GL = residuals
+    x_GLSD, head, bias_SW, targets_GL, mask_GL, lse_GL = residuals
     local = _split_shape(head, terms)[1]
     weight_GL = mask_GL * cotangent
 
     def add_chunk(grads, start, size):
-        dx_GLSD, dhead = grads
-        (columns,) = _slices((head,), start, size, axis=_axis(terms))
-        logits_GLSC = _logits(x_GLSD, columns, terms)
+        dx_GLSD, dhead, dbias_SW = grads
+        columns, bias_SC = _columns(head, bias_SW, start, size, terms)
+        logits_GLSC = _logits(x_GLSD, columns, bias_SC, terms)
         shares_GLSC = jnp.exp(logits_GLSC - lse_GL[..., None, None])
         d_GLSC = _logits_gradient(shares_GLSC, logits_GLSC, start, lse_GL, targets_GL, weight_GL, terms, local)
+        if dbias_SW is not None:
+            dbias_SW = jax.lax.dynamic_update_slice_in_dim(dbias_SW, d_GLSC.sum(axis=(0, 1)), start, axis=1)
         d_GLSC = d_GLSC.astype(x_GLSD.dtype)
         more = _as_head(_matmul("glsd,glsc->dsc", x_GLSD, d_GLSC), terms).astype(head.dtype)
         dhead = jax.lax.dynamic_update_slice_in_dim(dhead, more, start, axis=_axis(terms))
-        return dx_GLSD + _dx(d_GLSC, columns, terms), dhead
+        return dx_GLSD + _dx(d_GLSC, columns, terms), dhead, dbias_SW
 
-    grads = (jnp.zeros(x_GLSD.shape, jnp.float32), jnp.zeros_like(head))
-    dx_GLSD, dhead = _walk(add_chunk, grads, local, terms.chunk)
-    return dx_GLSD.astype(x_GLSD.dtype), dhead, None, None
+    grads = (jnp.zeros(x_GLSD.shape, jnp.float32), jnp.zeros_like(head), jax.tree.map(jnp.zeros_like, bias_SW))
+    dx_GLSD, dhead, dbias_SW = _walk(add_chunk, grads, local, terms.chunk)
+    return dx_GLSD.astype(x_GLSD.dtype), dhead, dbias_SW, None, None
 
 
 _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
@@ -297,8 +309,15 @@ def _block(x_GLSD, terms):
     return -(-length // blocks)
 
 
-def _logits(x_GRSD, columns, terms):
+def _columns(head, bias_SW, start, size, terms):
+    """A chunk of the head, and of the bias where there is one."""
+    bias_SC = None if bias_SW is None else _slices((bias_SW,), start, size, axis=1)[0]
+    return _slices((head,), start, size, axis=_axis(terms))[0], bias_SC
+
+
+def _logits(x_GRSD, columns, bias_SC, terms):
     logits = _matmul("grsd,scd->grsc" if terms.transposed else "grsd,dsc->grsc", x_GRSD, columns)
+    logits = logits if bias_SC is None else logits + _wide(bias_SC)
     return logits if terms.softcap is None else terms.softcap * jnp.tanh(logits / terms.softcap)
 
 

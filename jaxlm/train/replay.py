@@ -13,7 +13,7 @@ from jaxlm.config.load import load
 from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import RunConfig
 from jaxlm.data.corpus import open_corpora
-from jaxlm.data.loader import Loader, batches
+from jaxlm.data.loader import Loader, batch_at
 from jaxlm.metrics.jsonl import read
 from jaxlm.parallel import mesh as meshes
 from jaxlm.train import resume
@@ -60,11 +60,9 @@ def replay(options: Replay) -> None:
         if not wanted and not saved:
             raise UserError(f"--step={last}: nothing of it was logged or saved; {folder} has steps up to {max(logged)}")
         start = resume.begin(assembly, store, before)
-        position = _position(folder, start)
-        print(f"replaying steps {start.step + 1} to {last}, from sample {position:,}")
-        state, wrong = _run(
-            assembly, Loader(corpora, config.data), start.state, position, range(start.step, last), wanted
-        )
+        positions = _positions(folder, start, last, config.data.batch_size)
+        print(f"replaying steps {start.step + 1} to {last}, from sample {positions[start.step + 1]:,}")
+        state, wrong = _run(assembly, Loader(corpora, config.data), start.state, positions, wanted)
         if saved:
             wrong += _compare(state, store.restore(last, assembly.plan.abstract), last)
     if wrong:
@@ -73,29 +71,35 @@ def replay(options: Replay) -> None:
     print(f"bit for bit the same: {len(wanted)} logged steps{arrays}")
 
 
-def _position(folder: Path, start: resume.Start) -> int:
-    """The sample after which the run went on from there: further on, if it had gone back for bad numbers."""
-    rewinds = [e for e in read(folder / "events.jsonl") if e.get("kind") == "rewind" and e["to"] == start.step]
-    return rewinds[-1]["skipped_samples"][1] if rewinds else start.position
+def _positions(folder: Path, start: resume.Start, last: int, size: int) -> dict[int, int]:
+    """Step -> number of its first sample. Where the run went back for bad numbers, it went on further into its data."""
+    jumps: dict[int, int] = {}
+    for event in read(folder / "events.jsonl"):
+        if event.get("kind") == "rewind":
+            jumps = {to: position for to, position in jumps.items() if to < event["to"]}
+            jumps[event["to"]] = event["skipped_samples"][1]
+    found, position = {}, start.position
+    for step in range(start.step, last):
+        found[step + 1] = position = jumps.get(step, position)
+        position += size
+    return found
 
 
 def _run(
-    assembly: Assembly, loader: Loader, state: State, position: int, steps: range, wanted: dict[int, dict[str, Any]]
+    assembly: Assembly, loader: Loader, state: State, positions: dict[int, int], wanted: dict[int, dict[str, Any]]
 ) -> tuple[State, list[str]]:
-    size, wrong = assembly.config.data.batch_size, []
-    compiled = assembly.compile()
-    end = position + len(steps) * size
-    with batches(loader, position, size, lambda name: assembly.batch[name].sharding, stop=end) as stream:
-        for step, (_, batch, _) in zip(steps, stream, strict=True):
-            state, metrics = compiled(state, batch)
-            line = wanted.get(step + 1)
-            if line is None:
-                continue
-            now = {name: np.asarray(value).item() for name, value in metrics.items()}
-            then = line | {"tokens": line["loss_tokens"]}
-            differing = [name for name in COMPARED if not _same(now[name], then[name])]
-            wrong += [f"step {step + 1} {name} {now[name]!r} now, {then[name]!r} then" for name in differing]
-            print(f"step {step + 1}  loss {now['loss']:.6f}  {'DIFFERENT' if differing else 'the same'}")
+    compiled, wrong = assembly.compile(), []
+    for step, position in positions.items():
+        batch = batch_at(loader, position, assembly.config.data.batch_size, lambda name: assembly.batch[name].sharding)
+        state, metrics = compiled(state, batch)
+        line = wanted.get(step)
+        if line is None:
+            continue
+        now = {name: np.asarray(value).item() for name, value in metrics.items()}
+        then = line | {"tokens": line["loss_tokens"]}
+        differing = [name for name in COMPARED if not _same(now[name], then[name])]
+        wrong += [f"step {step} {name} {now[name]!r} now, {then[name]!r} then" for name in differing]
+        print(f"step {step}  loss {now['loss']:.6f}  {'DIFFERENT' if differing else 'the same'}")
     return state, wrong
 
 

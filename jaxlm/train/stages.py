@@ -1,11 +1,10 @@
 """Gradients through a pipeline: the model cut into stages, for the engine in `parallel.pipeline`."""
 
-from dataclasses import replace
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxlm.config.checks import pipeline_chunks, pipeline_microbatches
 from jaxlm.config.schema import RunConfig
@@ -13,7 +12,7 @@ from jaxlm.models.build import Model
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import pipeline
-from jaxlm.parallel.rules import Layout, cut_by
+from jaxlm.parallel.rules import Layout
 from jaxlm.parallel.schedules import Table, build
 from jaxlm.parallel.schedules.simulate import simulate
 from jaxlm.train import local
@@ -22,13 +21,12 @@ from jaxlm.train.loss import token_losses
 
 def table(config: RunConfig, layout: Layout) -> Table:
     """The schedule of a run."""
-    sizes = {axis: layout.mesh.shape[axis] for axis in layout.mesh.axis_names}
-    microbatches = pipeline_microbatches(
-        config.pipeline.microbatches, config.data.batch_size, sizes["pipeline"], layout.axis_size("batch")
-    )
+    stages = layout.mesh.shape["pipeline"]
+    rows = math.prod(layout.mesh.shape[axis] for axis in layout.rules["batch"])  # also those that are manual
+    microbatches = pipeline_microbatches(config.pipeline.microbatches, config.data.batch_size, stages, rows)
     return build(
         config.pipeline.schedule,
-        sizes["pipeline"],
+        stages,
         microbatches,
         pipeline_chunks(config.pipeline.schedule, config.pipeline.chunks),
     )
@@ -51,50 +49,25 @@ def gradients(
     batch: dict[str, jax.Array],
     runtime: Runtime,
     *,
+    cut: local.Cut,
     key: jax.Array | None,
     share: jax.Array,
-    shardings: Any,
 ) -> tuple[Any, tuple[jax.Array, Load | None]]:
-    """Float32 gradients of the loss sum times `share`, placed as `shardings`; the loss sum, and the loads [L, ...] of
-    a mixture of experts.
+    """Of a device's rows: gradients of the loss sum times `share`, reduced; the loss sum, and the loads [L, ...] of a
+    mixture of experts.
 
     Args:
-        batch: arrays [M, B / M, T].
         key: of dropout.
     """
-    layout, plan = runtime.layout, table(config, runtime.layout)
-    mesh = layout.mesh
-    axes = local.axes(layout)
-    manual = frozenset(axes)
-    inner = replace(runtime, layout=layout.within(manual))
+    plan = table(config, runtime.layout)
     numbers = pipeline.layer_numbers(model.config.layers, plan.stages, plan.chunks)
-    automatic = frozenset(mesh.axis_names) - manual
-    held = jax.tree.map(lambda leaf, dims: layout.spec(dims, leaf.shape), params, model.dims)
-    wanted = jax.tree.map(lambda to, spec: pipeline.scattered(spec, to.spec, automatic), shardings, held)
-
-    def by_hand(specs: Any) -> Any:
-        return jax.tree.map(lambda spec: cut_by(spec, manual), specs)
-
-    def on_device(params: Any, batch: dict[str, jax.Array], share: jax.Array, key: jax.Array | None):
-        (chunks, shared), back = jax.vjp(lambda params: pipeline.cut_weights(params, held, numbers, automatic), params)
-        parts = _parts(model, shared | {"blocks": chunks}, inner, config, key, ragged=bool((numbers < 0).any()))
-        dchunks, dshared, total, loads = pipeline.gradients(plan, parts, chunks, shared, numbers, batch, share)
-        (grads,) = back(jax.tree.map(lambda g, w: g.astype(w.dtype), (dchunks, dshared), (chunks, shared)))
-        grads = pipeline.reduce_gradients(grads, held, wanted, [a for a in axes if mesh.shape[a] > 1], automatic)
-        loads = pipeline.in_layer_order(loads, numbers, model.config.layers)
-        return grads, jax.lax.psum((total, loads), axes)
-
-    rows = cut_by(layout.spec((None, "batch", "sequence")), manual)
-    whole = PartitionSpec()
-    grads, sums = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(by_hand(held), rows, whole, whole),
-        out_specs=(by_hand(wanted), whole),
-        axis_names=manual,
-        check_vma=False,
-    )(params, batch, share, key)
-    return jax.lax.with_sharding_constraint(grads, shardings), sums
+    weights, back = jax.vjp(lambda params: pipeline.cut_weights(params, cut.held, numbers, cut.automatic), params)
+    chunks, shared = weights
+    parts = _parts(model, shared | {"blocks": chunks}, runtime, config, key, ragged=bool((numbers < 0).any()))
+    batch = local.microbatches(batch, plan.microbatches)
+    *grads, total, loads = pipeline.gradients(plan, parts, chunks, shared, numbers, batch, share)
+    (own,) = back(jax.tree.map(lambda g, w: g.astype(w.dtype), tuple(grads), weights))
+    return cut.reduce(own), (total, pipeline.in_layer_order(loads, numbers, model.config.layers))
 
 
 def _parts(

@@ -79,19 +79,22 @@ def gradients(
     """Gradients of the mean loss (each token counted once, however the batch is cut), the loss sum, the token count and
     the loads of a mixture of experts.
 
-    With microbatches, gradients are accumulated in float32 where `shardings` puts them. `scale` multiplies the loss
+    `shardings` say where they go; with microbatches they are accumulated in float32. `scale` multiplies the loss
     of the backward pass and is divided out again: what float16 needs to keep small gradients.
     """
     count = batch["loss_mask"].sum()
     share = (1.0 if scale is None else scale) / jnp.maximum(count, 1.0)
-    mesh, run = runtime.layout.mesh, partial(_accumulated, model, config)
-    if mesh.shape["pipeline"] > 1:
-        parts = stages.table(config, runtime.layout).microbatches
-        batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
-        run = partial(stages.gradients, model, config)
-    elif any(mesh.shape[axis] > 1 for axis in local.axes(runtime.layout)):
-        run = partial(local.summed, run, dims=model.dims)
-    grads, sums = run(params, batch, runtime, key=key, share=share, shardings=shardings)
+    run = stages.gradients if runtime.layout.mesh.shape["pipeline"] > 1 else _accumulated
+    grads, sums = local.summed(
+        partial(run, model, config),
+        params,
+        batch,
+        runtime,
+        dims=model.dims,
+        shardings=shardings,
+        key=key,
+        share=share,
+    )
     if scale is not None:
         grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), sums[0], count, sums[1]
@@ -104,15 +107,12 @@ def _accumulated(
     batch: Batch,
     runtime: Runtime,
     *,
+    cut: local.Cut,
     key: jax.Array | None,
     share: jax.Array,
-    shardings: Any = None,
-    reduce: local.Reduce | None = None,
 ) -> tuple[Any, tuple[jax.Array, Load | None]]:
-    """Gradients of the loss sum times `share`, one microbatch after the other; the loss sum, and the loads.
-
-    They are placed as `shardings`, or come from `reduce`: of each microbatch where that keeps less of them (ZeRO-2).
-    """
+    """Of a device's rows, one microbatch after the other: gradients of the loss sum times `share`, reduced; the loss
+    sum, and the loads. ZeRO-2 reduces those of each microbatch, because what it keeps of them is less."""
     parts = config.train.microbatches
     at_once = parts == 1 or config.optimizer.shard == "data"
 
@@ -122,30 +122,20 @@ def _accumulated(
 
     def one(part: Batch) -> tuple[Any, tuple[jax.Array, Load | None]]:
         grads, sums = jax.grad(scaled_loss, has_aux=True)(params, part)
-        if reduce is None:
-            return jax.lax.with_sharding_constraint(grads, shardings), sums
-        return reduce(grads) if at_once else grads, sums
+        return cut.reduce(grads) if at_once else grads, sums
 
     if parts == 1:
         return one(batch)
-    batch = {name: _microbatches(x, parts, runtime) for name, x in batch.items()}
+    batch = local.microbatches(batch, parts)
 
     def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, one(part)), None
 
-    shapes = jax.eval_shape(lambda: one(jax.tree.map(lambda x: x[0], batch))[0])
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), shapes)
-    if reduce is None:
-        zeros = jax.lax.with_sharding_constraint(zeros, shardings)
+    kept = jax.eval_shape(cut.reduce, params) if at_once else params
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), kept)
     start = (zeros, (jnp.float32(0), Load.none(model.config, model.config.layers)))
     grads, sums = jax.lax.scan(accumulate, start, batch)[0]
-    return reduce(grads) if reduce and not at_once else grads, sums
-
-
-def _microbatches(x: jax.Array, parts: int, runtime: Runtime) -> jax.Array:
-    """[B, T] to [M, B / M, T] without moving a row between devices: microbatch m takes every M-th row from row m."""
-    split = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-    return runtime.layout.constrain(split, None, "batch", "sequence")
+    return grads if at_once else cut.reduce(grads), sums
 
 
 def train_step(

@@ -60,7 +60,7 @@ class Pair:
         layout = rules.layout(mesh, kv_heads=self.config.model.key_value_heads)
         self.runtime = Runtime(layout=layout)
         self.params = _restored(self.run, self.model)
-        self.batch = _batch(self.model.vocabulary, seed)
+        self.batch = _batch(self.model.vocabulary, seed, self.config.model.token_types)
 
     def outputs(self) -> dict[str, float]:
         """Errors of logits, loss and gradients, and the leaf whose gradient is worst."""
@@ -97,9 +97,10 @@ class Pair:
         named = dict(self.theirs.named_parameters())
         for name in self._without_gradient_theirs:  # what rounding leaves there Adam would make a step of
             size = named[name].grad.shape[0] // 3
-            named[name].grad[size : 2 * size] = 0
-        decayed = [p for name, p in named.items() if p.ndim > 1 and "wpe" not in name]
-        others = [p for name, p in named.items() if p.ndim < 2 or "wpe" in name]
+            named[name].grad[slice(size, 2 * size) if name.endswith("c_attn.bias") else ...] = 0
+        places = ("wpe", "position_embeddings")
+        decayed = [p for name, p in named.items() if p.ndim > 1 and not any(word in name for word in places)]
+        others = [p for name, p in named.items() if p.ndim < 2 or any(word in name for word in places)]
         groups = [{"params": decayed, "weight_decay": ADAMW.weight_decay}, {"params": others, "weight_decay": 0.0}]
         settings = {"lr": ADAMW.learning_rate, "betas": (ADAMW.beta1, ADAMW.beta2), "eps": ADAMW.epsilon}
         torch.optim.AdamW(groups, **settings).step()
@@ -112,10 +113,13 @@ class Pair:
         return {"parameter": errors[worst], "parameter_leaf": worst}
 
     def greedy(self) -> dict[str, Any]:
-        """Prompts that transformers continues from our export as we do, token for token, left-padded together."""
+        """Prompts that transformers continues from our export as we do, token for token, left-padded together; of an
+        encoder, rows in which it finds the same token the likeliest at each place."""
         import torch
 
         loaded = self._exported("export")
+        if not self.config.model.causal:
+            return self._likeliest(loaded)
         rng = np.random.default_rng(1)
         prompts = [rng.integers(2, self.model.vocabulary, n).tolist() for n in rng.integers(1, 24, PROMPTS)]
         longest = max(map(len, prompts))
@@ -127,6 +131,22 @@ class Pair:
         ours = generate(self.model, self.params, self.runtime, prompts, max_new_tokens=NEW_TOKENS)
         same = sum(a == b for a, b in zip(ours, theirs, strict=True))
         return {"prompts": PROMPTS, "same_prompts": same, "different_words": len({tuple(row) for row in ours})}
+
+    def _likeliest(self, loaded: Any) -> dict[str, Any]:
+        import torch
+
+        rng = np.random.default_rng(1)
+        rows = [rng.integers(2, self.model.vocabulary, (1, n)).astype(np.int32) for n in rng.integers(1, 24, PROMPTS)]
+        ours, theirs = [], []
+        for tokens in rows:
+            with torch.no_grad():
+                theirs.append(loaded(torch.tensor(tokens).long()).logits.argmax(-1).tolist())
+            ones, places = np.ones_like(tokens), np.arange(tokens.shape[1], dtype=np.int32)[None]
+            batch = {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(ones), "positions": jnp.asarray(places)}
+            logits = self.model.logits(self.params, self.model.hidden(self.params, batch, self.runtime), self.runtime)
+            ours.append(np.asarray(logits).argmax(-1).tolist())
+        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        return {"prompts": PROMPTS, "same_prompts": same, "different_words": len({str(row) for row in ours})}
 
     def as_our_own(self) -> dict[str, Any]:
         """The same of an export whose config.json we write, as of a run that did not come from Hugging Face."""
@@ -141,28 +161,32 @@ class Pair:
 
     def _exported(self, name: str) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
 
         to = self.folder / name
         assert main(["export", f"--run={self.run}", f"--to={to}"]) == 0
-        return AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32, attn_implementation="eager").eval()
+        auto = _auto_class(self.family.architecture)
+        return auto.from_pretrained(to, dtype=torch.float32, attn_implementation="eager").eval()
 
     @property
     def _without_gradient(self) -> tuple[str, ...]:
-        """Leaves whose gradient is zero in truth and rounding in torch: softmax does not see GPT-2's key biases."""
-        return ("blocks.attention.key.bias",) if self.family.name == "gpt2" else ()
+        """Leaves whose gradient is zero in truth and rounding in torch: without rotation softmax does not see biases of
+        keys."""
+        return ("blocks.attention.key.bias",) if self.config.model.positions == "learned" else ()
 
     @property
     def _without_gradient_theirs(self) -> list[str]:
         named = (name for name, _ in self.theirs.named_parameters())
-        return [name for name in named if name.endswith("c_attn.bias")]
+        return [name for name in named if name.endswith(("c_attn.bias", "self.key.bias"))]
 
     def _run_theirs(self) -> Any:
         import torch
 
         ids, mask = torch.tensor(self.batch["tokens"]).long(), torch.tensor(self.batch["segment_ids"])
-        labels = ids.masked_fill(mask == 0, -100)
-        return self.theirs(input_ids=ids, attention_mask=mask, labels=labels)
+        if self.config.model.causal:
+            return self.theirs(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+        labels = torch.tensor(np.where(self.batch["loss_mask"] > 0, self.batch["targets"], -100)).long()
+        types = torch.tensor(self.batch["types"]).long()
+        return self.theirs(input_ids=ids, attention_mask=mask, token_type_ids=types, labels=labels)
 
     def _as_ours(self, values: dict[str, Any], name: str) -> Params:
         """Tensors of their parameters' names, by way of files, which is where experts stand one by one."""
@@ -198,11 +222,12 @@ def _random(given: dict[str, Any], seed: int) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": given.get("pad_token_id")}
     dropouts = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if given["model_type"] == "gpt2" else {}
     config = transformers.AutoConfig.for_model(**json.loads(json.dumps({**given, **ids, **dropouts})))
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    auto = _auto_class(families.of_config(given).architecture)
+    model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2:
@@ -212,20 +237,32 @@ def _random(given: dict[str, Any], seed: int) -> Any:
     return model
 
 
+def _auto_class(architecture: str) -> Any:
+    import transformers
+
+    return transformers.AutoModelForMaskedLM if "MaskedLM" in architecture else transformers.AutoModelForCausalLM
+
+
 def _restored(run: Path, model: Model) -> Params:
     with Store(run / "checkpoints") as store:
         return store.restore(0, {"params": model.abstract})["params"]
 
 
-def _batch(vocabulary: int, seed: int) -> dict[str, np.ndarray]:
-    """Rows of LENGTHS tokens, and padding behind them; the targets are the tokens one on."""
+def _batch(vocabulary: int, seed: int, token_types: int) -> dict[str, np.ndarray]:
+    """Rows of LENGTHS tokens, and padding behind them; the targets are the tokens one on, or where tokens are of types,
+    any at some places."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocabulary, (len(LENGTHS), max(LENGTHS))).astype(np.int32)
     places = np.broadcast_to(np.arange(max(LENGTHS), dtype=np.int32), tokens.shape)
     real = (places < np.asarray(LENGTHS)[:, None]).astype(np.int32)
     targets = np.roll(tokens, -1, axis=1)
     mask = (places < np.asarray(LENGTHS)[:, None] - 1).astype(np.float32)
-    return {"tokens": tokens, "segment_ids": real, "positions": places * real, "targets": targets, "loss_mask": mask}
+    batch = {"tokens": tokens, "segment_ids": real, "positions": places * real, "targets": targets, "loss_mask": mask}
+    if not token_types:
+        return batch
+    hidden = ((rng.random(tokens.shape) < 0.3) & (real > 0)).astype(np.float32)
+    types = rng.integers(0, token_types, tokens.shape).astype(np.int32)
+    return batch | {"tokens": np.maximum(tokens, 2), "loss_mask": hidden, "types": types}  # 1 is RoBERTa's padding
 
 
 def _host(tree: Params) -> dict[str, np.ndarray]:

@@ -27,6 +27,8 @@ MODELS = {
     "olmo2": "OLMo 2",
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen 3 MoE",
+    "bert": "BERT, MiniLM",
+    "roberta": "RoBERTa",
 }
 
 

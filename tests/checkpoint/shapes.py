@@ -23,6 +23,11 @@ LLAMA3 = {
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 WIDE = {"hidden_size": 60, "num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 12, "vocab_size": 128}
 """As many key-value heads as heads, whose width is hidden_size / heads, and a vocabulary without padding."""
+BERT = {
+    **{"vocab_size": 301, "hidden_size": 48, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 6},
+    **{"max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
+}
+PAD = {"pad_token_id": 1}
 ONE = {"num_key_value_heads": 1, "num_hidden_layers": 1}
 
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -100,6 +105,17 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
             **{"norm_topk_prob": False, "tie_word_embeddings": True, "attention_bias": True},
         },
     },
+    "bert": {
+        "as published": BERT,
+        "one kind of token, no padding of the vocabulary": {
+            **{**BERT, "vocab_size": 128, "hidden_size": 30, "num_hidden_layers": 1, "num_attention_heads": 5},
+            **{"type_vocab_size": 1, "hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "max_position_embeddings": 24},
+        },
+    },
+    "roberta": {
+        "as published": {**BERT, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5, **PAD},
+        "two kinds of tokens": {**BERT, "max_position_embeddings": 26, "num_hidden_layers": 2, **PAD},
+    },
 }
 """Family -> shape -> fields. The first shape of a family is in the default suite."""
 
@@ -111,7 +127,7 @@ def config_json(family: str, shape: str) -> dict[str, Any]:
     fields = SHAPES[family][shape]
     if family in ("mistral", "mixtral"):
         fields = {"sliding_window": None, **fields}
-    if family not in ("gpt2", *ACTIVATIONS):
+    if family not in ("gpt2", "bert", "roberta", *ACTIVATIONS):
         fields = {"hidden_act": "silu", **fields}
     return {"model_type": family, **fields}
 

@@ -32,6 +32,8 @@ def check_run(*argv):
         ["--profile.steps=10:13"],
         ["--eval.prompt="],
         ["--data.path=a,b", "--data.weights=1,2"],
+        ["--model.architecture=encoder", "--data.noise=0.15", "--mesh=pp2,cp2,tp2"],
+        ["--model.biases=", "--model.norm=rms_offset"],
     ],
 )
 def test_what_works(argv):
@@ -47,6 +49,10 @@ def test_what_works(argv):
         (["--model.kv-heads=0"], ["--model.kv-heads=0", "1 or more"]),
         (["--model.windows=0,-1"], ["--model.windows=-1", "0 or more"]),
         (["--model.dropout=1"], ["--model.dropout=1", "below 1"]),
+        (["--data.noise=1"], ["--data.noise=1", "below 1"]),
+        (["--data.noise=0.1"], ["--data.noise=0.1 hides tokens", "--model.architecture=encoder"]),
+        (["--model.architecture=encoder"], ["--data.noise=0 hides none", "use --data.noise=0.15"]),
+        (["--model.biases=none"], ["--model.biases='none' is not one of qkv output mlp"]),
         (["--data.vocabulary=100"], ["--data.vocabulary=100", "257"]),
         (["--data.seed=-1"], ["--data.seed=-1"]),
         (["--data.weights=0"], ["--data.weights=0", "more than 0"]),

@@ -14,6 +14,7 @@ from jaxlm.config.schema import PipelineConfig, RunConfig
 from jaxlm.config.values import option, text
 
 SET = {
+    "model.windows": "16,0",
     "model.max_positions": "256",
     "model.rope_theta": "5e5",
     "model.rope_local_theta": "1e4",
@@ -45,10 +46,12 @@ SET = {
     "checkpoint.keep_every": "10",
     "eval.batches": "3",
     "eval.prompt": "class ",
+    "eval.sample_tokens": "10",
 }
 """A value of each key of the table that is not its default."""
 
 GOVERNING = {
+    "model.architecture": ("encoder", {}, "decoder"),
     "model.positions": ("none", {"model.max_positions": "learned"}, "rotary"),
     "model.windows": ("0,0", {}, "16,0"),
     "model.rope_scaling": ("none", {}, "llama3"),
@@ -77,7 +80,8 @@ def run(**keys):
 
 
 def without(need, key):
-    return run(**{key: SET[key], need.of: GOVERNING[need.of][0]})
+    noise = {"data.noise": "0.15"} if need.of == "model.architecture" else {}
+    return run(**{key: SET[key], need.of: GOVERNING[need.of][0], **noise})
 
 
 @named

@@ -47,14 +47,16 @@ def test_defaults_need_nothing():
         (["--optimizer.learning-rate", "-1"], "optimizer.learning_rate", -1.0),
         (["--model.gated"], "model.gated", True),
         (["--model.gated", "yes"], "model.gated", True),
-        (["--model.no-qkv-bias"], "model.qkv_bias", False),
-        (["--no-model.qkv-bias"], "model.qkv_bias", False),
-        (["--model.qkv-bias=false"], "model.qkv_bias", False),
+        (["--model.no-tied"], "model.tied", False),
+        (["--no-model.tied"], "model.tied", False),
+        (["--model.tied=false"], "model.tied", False),
         (["--no-simulate"], "simulate", False),
         (["--model.kv-heads=2"], "model.kv_heads", 2),
         (["--metrics.wandb=none"], "metrics.wandb", None),
         (["--model.windows=4096,0"], "model.windows", (4096, 0)),
         (["--model.windows="], "model.windows", ()),
+        (["--model.biases=qkv, mlp"], "model.biases", ("qkv", "mlp")),
+        (["--model.biases="], "model.biases", ()),
         (["--data.path=a, b"], "data.path", ("a", "b")),
         (["--eval.prompt=a=b"], "eval.prompt", "a=b"),
         (["--eval.prompt="], "eval.prompt", ""),
@@ -72,7 +74,7 @@ def test_a_recipe_means_the_same_as_the_command_line(tmp_path):
     run: 2026
     mesh: dp4,tp2
     remat: none
-    model: {kv-heads: 2, windows: [4096, 0], qkv_bias: no}
+    model: {kv-heads: 2, windows: [4096, 0], biases: []}
     data:
       path: stdlib
       batch_size: 1_000
@@ -84,7 +86,7 @@ def test_a_recipe_means_the_same_as_the_command_line(tmp_path):
     expected = RunConfig(
         run="2026",
         mesh="dp4,tp2",
-        model=ModelConfig(kv_heads=2, windows=(4096, 0), qkv_bias=False),
+        model=ModelConfig(kv_heads=2, windows=(4096, 0), biases=()),
         data=DataConfig(batch_size=1000),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         profile=run_config("--profile.steps=10:13").profile,
@@ -188,6 +190,13 @@ def test_mistakes_in_a_recipe(tmp_path, text, parts):
     assert "recipe.yaml" in message
     assert all(part in message for part in parts), message
     assert len(message) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("call", ["apply:os.mkdir [{}]", "new:os.mkdir [{}]"])
+def test_a_recipe_runs_nothing(tmp_path, call):
+    canary = tmp_path / "canary"
+    complaint(recipe(tmp_path, f"run: !!python/object/{call.format(canary)}"))
+    assert not canary.exists()
 
 
 def test_a_recipe_that_is_not_text(tmp_path):

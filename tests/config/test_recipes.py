@@ -13,6 +13,7 @@ PUBLISHED = {
     "llama3_1b": 1_235_814_400,
     "llama3_8b": 8_030_261_248,
     "mixtral_8x7b": 46_702_792_704,
+    "bert_base": 109_514_298,
 }
 
 
@@ -21,16 +22,19 @@ def recipe(name):
 
 
 def parameters(m):
-    """Parameters of a decoder by arithmetic, without the model's code and without vocabulary padding."""
+    """Parameters of a model by arithmetic, without the model's code and without vocabulary padding."""
     head = m.head_size or m.embed // m.heads
     kv = m.kv_heads or m.heads
     norm = 2 * m.embed if m.norm == "layer" else m.embed
     attention = m.embed * head * (2 * m.heads + 2 * kv)
-    attention += head * (m.heads + 2 * kv) * m.qkv_bias + m.embed * m.output_bias
-    mlp = m.embed * m.mlp * (3 if m.gated else 2) + (m.embed + m.mlp * (2 if m.gated else 1)) * m.mlp_bias
+    attention += head * (m.heads + 2 * kv) * ("qkv" in m.biases) + m.embed * ("output" in m.biases)
+    mlp = m.embed * m.mlp * (3 if m.gated else 2)
+    mlp += (m.embed + m.mlp * (2 if m.gated else 1)) * ("mlp" in m.biases)
     mlp = mlp * max(m.experts, 1) + m.embed * m.experts
     tables = m.vocabulary * m.embed * (1 if m.tied else 2) + m.max_positions * m.embed * (m.positions == "learned")
-    return m.layers * (attention + mlp + 2 * norm) + norm + tables
+    tables += m.token_types * m.embed
+    head = m.embed * (m.embed + 1) + norm + m.vocabulary if m.architecture == "encoder" else 0
+    return m.layers * (attention + mlp + 2 * norm) + norm + tables + head
 
 
 @pytest.mark.parametrize("name", NAMES)

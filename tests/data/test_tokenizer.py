@@ -134,3 +134,9 @@ def test_bad_files_are_named(tmp_path):
 def test_tiny_vocabulary_is_refused():
     with pytest.raises(UserError, match="257"):
         tokenizer.train_bpe(["a"], 256)
+
+
+def test_a_text_of_its_own_is_framed_as_its_tokenizer_does(tmp_path):
+    made = tokenizer.load(hugging_face_file(tmp_path))
+    assert [made.encode_framed(["def", ""])[i] for i in (0, 1)] == [[0, *made.encode("def")], [0]]
+    assert [*tokenizer.Bytes().encode_framed(["def"])[0]] == tokenizer.Bytes().encode("def")

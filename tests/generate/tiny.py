@@ -23,14 +23,11 @@ LLAMA = ModelConfig(
     mlp=48,
     gated=True,
     activation="silu",
-    norm="rms",
-    norm_offset=True,
+    norm="rms_offset",
     norm_placement="sandwich",
     positions="rotary",
     rope_local_theta=1000.0,
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
+    biases=(),
     qk_norm="head",
     windows=(5, 0),
     attention_softcap=5.0,
@@ -55,7 +52,7 @@ def make(
     random = np.random.default_rng(3)
 
     def weights(path, leaf, dims):
-        scale = path[-1].key == "scale" and not config.norm_offset
+        scale = path[-1].key == "scale" and config.norm != "rms_offset"
         values = scale + 0.3 * random.standard_normal(leaf.shape, np.float32)
         return jax.device_put(values, layout.sharding(dims, leaf.shape))
 

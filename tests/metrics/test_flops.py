@@ -28,9 +28,7 @@ LLAMA_8B = ModelConfig(
     gated=True,
     norm="rms",
     positions="rotary",
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
+    biases=(),
     tied=False,
 )
 
@@ -64,7 +62,7 @@ def test_mixtral_8x7b_by_hand():
     [
         {},
         {"shared_experts": 2, "router": "sigmoid", "balance_rate": 0.1},
-        {"gated": True, "mlp_bias": False, "shared_experts": 1},
+        {"gated": True, "biases": ("qkv", "output"), "shared_experts": 1},
     ],
 )
 def test_experts_of_the_model_that_is_built(keys):
@@ -134,6 +132,20 @@ def test_mfu():
     assert mfu(1e9, 470e3, 1, None) is None
 
 
+BERT = ModelConfig(
+    architecture="encoder", layers=12, embed=768, heads=12, mlp=3072, norm_placement="sum", token_types=2,
+    max_positions=512,
+)  # fmt: skip
+
+
+def test_bert_by_hand():
+    assert parameter_count(BERT, 30522) == 109_514_298  # the published count, without the pooler
+    by_hand = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 768 * 768 + 768 * 30522
+    assert matmul_parameters(BERT, 30522) == by_hand
+    assert attention_flops_per_token(BERT, 512) == 12 * 12 * 768 * 512  # all keys, where a decoder sees half
+    assert "attention = " in explain(BERT, 30522, 512, "cpu", "float32")
+
+
 def test_explain_shows_the_arithmetic_and_the_peak():
     line = explain(GPT2, 50257, 1024, "NVIDIA H200", "bfloat16")
     assert "6 x 123.5M" in line and "= 797.8 MFLOP a token" in line and "peak 989 TFLOP/s" in line
@@ -145,9 +157,11 @@ def test_explain_shows_the_arithmetic_and_the_peak():
     [
         {},
         {"kv_heads": 1, "head_size": 48, "gated": True, "tied": False, "positions": "rotary"},
-        {"norm": "rms", "norm_placement": "sandwich", "qk_norm": "head", "qkv_bias": False},
-        {"norm": "rms", "norm_placement": "post", "qk_norm": "projection", "kv_heads": 2, "mlp_bias": False},
-        {"output_bias": False, "positions": "none", "mlp": 100},
+        {"norm": "rms", "norm_placement": "sandwich", "qk_norm": "head", "biases": ("output", "mlp")},
+        {"norm": "rms", "norm_placement": "post", "qk_norm": "projection", "kv_heads": 2, "biases": ("qkv", "output")},
+        {"biases": ("qkv", "mlp"), "positions": "none", "mlp": 100},
+        {"architecture": "encoder", "norm_placement": "sum", "token_types": 2},
+        {"architecture": "encoder", "norm": "rms", "tied": False},
     ],
 )
 def test_parameter_count_is_that_of_the_model_built(change):

@@ -16,7 +16,9 @@ from jaxlm.parallel.collectives import Collective, collectives
 from jaxlm.parallel.mesh import from_devices
 
 B, T, D, F = 16, 512, 512, 1024
-CONFIG = ModelConfig(layers=1, embed=D, heads=8, mlp=F, gated=True, activation="silu", mlp_bias=False, experts=8)
+CONFIG = ModelConfig(
+    layers=1, embed=D, heads=8, mlp=F, gated=True, activation="silu", biases=("qkv", "output"), experts=8
+)
 
 
 def compiled() -> list[Collective]:

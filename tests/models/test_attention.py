@@ -60,10 +60,12 @@ def inputs(kv_heads, dtype="float32", length=T):
 
 @partial(jax.jit, static_argnames=("backend", "window", "softcap"))
 def forward_and_backward(q, k, v, do, segments, positions, *, backend, window, softcap):
+    """A window of None is attention that is not causal."""
+
     def run(q, k, v):
         return attend(
-            q, k, v, q_segments_BT=segments, q_positions_BT=positions, scale=SCALE, window=window, softcap=softcap,
-            backend=backend, interpret=True,
+            q, k, v, q_segments_BT=segments, q_positions_BT=positions, scale=SCALE, causal=window is not None,
+            window=window or 0, softcap=softcap, backend=backend, interpret=True,
         )  # fmt: skip
 
     o, vjp = jax.vjp(run, q, k, v)
@@ -91,6 +93,7 @@ WINDOWS, DTYPES = (0, 40), ("float32", "bfloat16")
 FULL = list(itertools.product(WINDOWS, (4, 2, 1), DTYPES, (None,))) + list(
     itertools.product(WINDOWS, (2,), DTYPES, (5.0,))
 )
+FULL += [(None, 4, "float32", None), (None, 2, "float32", 5.0), (None, 2, "bfloat16", None), (None, 1, "bfloat16", 5.0)]
 CASES = [("xla", *case) for case in FULL]
 # The kernels take a moment each to interpret: every pair of settings once, and none that cuDNN refuses.
 PAIRS = [case for index, case in enumerate(FULL) if index % 4 in (0, 3)]
@@ -119,7 +122,9 @@ def oracle(q, k, v, do, q_segments, kv_segments, q_positions, kv_positions, scal
     group = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(q.shape[:3]):
         distance = q_positions[b, t] - kv_positions[b]
-        seen = (q_segments[b, t] == kv_segments[b]) & (distance >= 0) & (distance < (window or np.inf))
+        seen = q_segments[b, t] == kv_segments[b]
+        if window is not None:
+            seen &= (distance >= 0) & (distance < (window or np.inf))
         keys, values = k[b, seen, n // group], v[b, seen, n // group]
         logits, slope = keys @ q[b, t, n] * scale, 1.0
         if softcap:
@@ -136,7 +141,7 @@ def oracle(q, k, v, do, q_segments, kv_segments, q_positions, kv_positions, scal
     return o, dq, dk, dv
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(0, None), (7, 3.0)])
+@pytest.mark.parametrize(("window", "softcap"), [(0, None), (7, 3.0), (None, None)])
 def test_reference_is_the_oracle(window, softcap):
     segments = packings(B, 24)["empty"]
     positions = positions_of(segments)
@@ -207,9 +212,9 @@ def test_kernels_refuse_a_cache(backend):
 @pytest.mark.parametrize("window", [0, 1, 100, 5000])
 def test_blocks_cover_what_is_seen_and_little_more(length, window):
     blocks = query_blocks(length, window)
-    assert [first for first, _, _ in blocks] == [0, *(end for _, end, _ in blocks[:-1])] and blocks[-1][1] == length
-    assert all(start <= max(0, first - window + 1 if window else 0) for first, _, start in blocks)
-    computed = sum((end - first) * (end - start) for first, end, start in blocks) / length**2
+    assert [b.first for b in blocks] == [0, *(b.end for b in blocks[:-1])] and blocks[-1].end == length
+    assert all(b.key_first <= max(0, b.first - window + 1 if window else 0) and b.key_end == b.end for b in blocks)
+    computed = sum((b.end - b.first) * (b.key_end - b.key_first) for b in blocks) / length**2
     if length >= 512:
         assert computed <= 0.5625 + 1e-3
         if window == 100:

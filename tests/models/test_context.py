@@ -38,10 +38,12 @@ def inputs(kv_heads, dtype, length=T):
 
 
 def forward_and_backward(q, k, v, do, segments, positions, *, window, softcap, **how):
+    """A window of None is attention that is not causal."""
+
     def run(q, k, v):
         return attend(
-            q, k, v, q_segments_BT=segments, q_positions_BT=positions, scale=SCALE, window=window, softcap=softcap,
-            **how,
+            q, k, v, q_segments_BT=segments, q_positions_BT=positions, scale=SCALE, causal=window is not None,
+            window=window or 0, softcap=softcap, **how,
         )  # fmt: skip
 
     o, vjp = jax.vjp(run, q, k, v)
@@ -95,7 +97,7 @@ def mesh_named(name):
     return meshes.from_devices(spec, jax.devices()[: spec.device_count])
 
 
-EVERY = list(itertools.product(METHODS, MESHES, ((0, None), (5, None), (40, 5.0)), (8, 2, 1)))
+EVERY = list(itertools.product(METHODS, MESHES, ((0, None), (5, None), (40, 5.0), (None, None)), (8, 2, 1)))
 DEFAULT = [
     ("ring", "cp2", (0, None), 8),
     ("ring", "cp4", (5, None), 2),
@@ -105,6 +107,9 @@ DEFAULT = [
     ("allgather", "fsdp2,cp4", (5, None), 8),
     ("ulysses", "cp4", (40, 5.0), 2),
     ("ulysses", "dp2,cp2,tp2", (0, None), 1),
+    ("ring", "cp4", (None, None), 2),
+    ("allgather", "dp2,cp2,tp2", (None, 5.0), 8),
+    ("ulysses", "cp2", (None, None), 2),
 ]
 
 

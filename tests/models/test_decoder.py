@@ -1,4 +1,4 @@
-"""The decoder against an oracle in NumPy float64, written as plainly as the papers: layer by layer, masks explicit.
+"""The model against an oracle in NumPy float64, written as plainly as the papers: layer by layer, masks explicit.
 
 Legend: B batch, T length, D embed, N query heads, K kv heads, H head size, V vocabulary.
 """
@@ -27,13 +27,13 @@ GPT2 = ModelConfig(layers=2, embed=32, heads=4, mlp=48, vocabulary=61, max_posit
 LLAMA3 = ModelConfig(
     layers=2, embed=32, heads=4, kv_heads=2, mlp=48, vocabulary=61, gated=True, activation="silu", norm="rms",
     positions="rotary", rope_theta=50.0, rope_scaling="llama3", rope_factor=8.0, rope_original_length=16,
-    qkv_bias=False, output_bias=False, mlp_bias=False, tied=False,
+    biases=(), tied=False,
 )  # fmt: skip
 MISTRAL = dataclasses.replace(LLAMA3, rope_scaling="none", windows=(5,), head_size=16)
-QWEN2 = dataclasses.replace(LLAMA3, rope_scaling="none", qkv_bias=True, tied=True)
+QWEN2 = dataclasses.replace(LLAMA3, rope_scaling="none", biases=("qkv",), tied=True)
 QWEN3 = dataclasses.replace(LLAMA3, rope_scaling="none", qk_norm="head")
 GEMMA2 = dataclasses.replace(
-    LLAMA3, layers=3, rope_scaling="none", windows=(8, 0), norm_offset=True, norm_placement="sandwich", tied=True,
+    LLAMA3, layers=3, rope_scaling="none", windows=(8, 0), norm="rms_offset", norm_placement="sandwich", tied=True,
     embed_scale=True, activation="gelu_tanh", attention_softcap=2.0, logit_softcap=1.5, query_scale=0.3, head_size=16,
 )  # fmt: skip
 GEMMA3 = dataclasses.replace(
@@ -45,12 +45,17 @@ OLMO2 = dataclasses.replace(
 )
 BARE = ModelConfig(
     layers=1, embed=16, heads=2, kv_heads=1, mlp=24, vocabulary=40, positions="none", activation="relu",
-    norm_placement="sandwich", windows=(3, 0, 7), mlp_bias=False,
+    norm_placement="sandwich", windows=(3, 0, 7), biases=("qkv", "output"),
 )  # fmt: skip
-EXACT_GELU = dataclasses.replace(GPT2, activation="gelu", norm="rms", output_bias=False, layers=3, windows=(4, 0))
+BERT = dataclasses.replace(
+    GPT2, architecture="encoder", norm_placement="sum", token_types=2, activation="gelu", norm_epsilon=1e-12
+)
+MODERN = dataclasses.replace(LLAMA3, architecture="encoder", rope_scaling="none")
+EXACT_GELU = dataclasses.replace(GPT2, activation="gelu", norm="rms", biases=("qkv", "mlp"), layers=3, windows=(4, 0))
 FAMILIES = {
     "gpt2": GPT2, "llama3": LLAMA3, "mistral": MISTRAL, "qwen2": QWEN2, "qwen3": QWEN3, "gemma2": GEMMA2,
     "gemma3": GEMMA3, "olmo2": OLMO2, "bare": BARE, "exact-gelu": EXACT_GELU,
+    "bert": BERT, "encoder": MODERN,
 }  # fmt: skip
 
 LENGTH = 24
@@ -107,7 +112,7 @@ ACTIVATIONS = {
 
 
 def norm(x, p, config, kind=None):
-    scale = p["scale"] + 1 if config.norm_offset else p["scale"]
+    scale = p["scale"] + 1 if config.norm == "rms_offset" else p["scale"]
     if (kind or config.norm) == "layer":
         centred = x - x.mean(-1, keepdims=True)
         return centred / np.sqrt(centred.var(-1, keepdims=True) + config.norm_epsilon) * scale + p["bias"]
@@ -165,7 +170,7 @@ def attention(x_TD, p, config, window, positions, segments):
         for t in range(len(q)):
             seen = [
                 s
-                for s in range(t + 1)
+                for s in range(t + 1 if config.architecture == "decoder" else len(q))
                 if segments[s] == segments[t] and (window == 0 or positions[t] - positions[s] < window)
             ]
             logits = k[seen, kv] @ q[t, n] * (config.query_scale or size**-0.5)
@@ -191,6 +196,10 @@ def oracle(params, config, tokens, positions, segments):
         x = x * math.sqrt(config.embed)
     if config.positions == "learned":
         x = x + params["positions"]["embedding"][positions]
+    if config.token_types:
+        x = x + params["types"]["embedding"][0]
+    of_sum = config.norm_placement == "sum"
+    x = norm(x, params["embed_norm"], config) if of_sum else x
     before, after = config.norm_placement in ("pre", "sandwich"), config.norm_placement in ("post", "sandwich")
     for i in range(config.layers):
         p = jax.tree.map(lambda a, i=i: a[i], params["blocks"])
@@ -198,15 +207,22 @@ def oracle(params, config, tokens, positions, segments):
         h = norm(x, p["attention_norm"], config) if before else x
         h = attention(h, p["attention"], config, window, positions, segments)
         x = x + (norm(h, p["attention_post_norm"], config) if after else h)
+        x = norm(x, p["attention_sum_norm"], config) if of_sum else x
         h = norm(x, p["mlp_norm"], config) if before else x
         h = feed_forward(h, p["mlp"], config)
         x = x + (norm(h, p["mlp_post_norm"], config) if after else h)
-    x = norm(x, params["final_norm"], config)
+        x = norm(x, p["mlp_sum_norm"], config) if of_sum else x
+    hidden = x = x if of_sum else norm(x, params["final_norm"], config)
+    if config.architecture == "encoder":
+        x = ACTIVATIONS[config.activation](affine(x, params["transform"]["dense"], 1))
+        x = norm(x, params["transform"]["norm"], config)
     head = params["tokens"]["embedding"].T if config.tied else params["head"]["kernel"]
     logits = x @ head[:, : config.vocabulary]
+    if config.architecture == "encoder":
+        logits = logits + params["output_bias"][: config.vocabulary]
     if config.logit_softcap:
         logits = config.logit_softcap * np.tanh(logits / config.logit_softcap)
-    return x, logits
+    return hidden, logits
 
 
 def error(found, wanted) -> float:
@@ -237,7 +253,7 @@ def test_family_computes_what_its_paper_says(name):
         ("gemma2", "attention_softcap", None),
         ("gemma2", "logit_softcap", None),
         ("gemma2", "query_scale", None),
-        ("gemma2", "norm_offset", False),
+        ("gemma2", "norm", "rms"),
         ("gemma2", "embed_scale", False),
         ("gemma2", "activation", "gelu"),
         ("gemma3", "rope_local_theta", None),
@@ -245,6 +261,9 @@ def test_family_computes_what_its_paper_says(name):
         ("gemma3", "windows", (6, 0, 6)),
         ("olmo2", "norm_epsilon", 1e-5),
         ("bare", "windows", (4, 0, 7)),
+        ("bert", "architecture", "decoder"),
+        ("bert", "token_types", 0),
+        ("encoder", "architecture", "decoder"),
     ],
 )
 def test_the_oracle_sees_every_key(name, key, value):
@@ -284,6 +303,27 @@ def test_a_later_token_and_another_document_change_nothing():
     assert not same[0, 7:9].any()
 
 
+def test_an_encoder_sees_all_of_a_document_and_nothing_of_another():
+    _, params = model("bert")
+    batch = packed()
+    before, _ = computed("bert")(params, batch)
+    batch["tokens"][0, 7] = 39 - batch["tokens"][0, 7]
+    after, _ = computed("bert")(params, batch)
+    same = np.all(np.asarray(before) == np.asarray(after), axis=-1)
+    assert not same[0, :9].any() and same[0, 9:].all() and same[1].all()
+
+
+def test_tokens_are_of_the_first_type_unless_they_are_said_to_be():
+    described, params = model("bert")
+    batch = packed()
+    runs = {}
+    for name, types in (("none", None), ("first", 0), ("second", 1)):
+        given = batch if types is None else batch | {"types": np.full((2, LENGTH), types, np.int32)}
+        runs[name] = np.asarray(described.hidden(params, jax.tree.map(jnp.asarray, given), runtime()))
+    np.testing.assert_allclose(runs["none"], runs["first"], rtol=1e-6, atol=1e-6)
+    assert error(runs["second"], runs["first"]) > 1e-2
+
+
 # --- parameters
 
 
@@ -308,12 +348,18 @@ def test_every_parameter_is_described_once(name):
     assert ("head.kernel" in shapes) == (not config.tied)
     assert ("positions.embedding" in shapes) == (config.positions == "learned")
     assert ("blocks.mlp.gate.kernel" in shapes) == config.gated
-    assert ("blocks.attention.query.bias" in shapes) == config.qkv_bias
-    assert ("blocks.attention.output.bias" in shapes) == config.output_bias
-    assert ("blocks.mlp.down.bias" in shapes) == config.mlp_bias
-    assert ("blocks.attention_norm.scale" in shapes) == (config.norm_placement != "post")
-    assert ("blocks.attention_post_norm.scale" in shapes) == (config.norm_placement != "pre")
-    assert ("final_norm.bias" in shapes) == (config.norm == "layer")
+    assert ("blocks.attention.query.bias" in shapes) == ("qkv" in config.biases)
+    assert ("blocks.attention.output.bias" in shapes) == ("output" in config.biases)
+    assert ("blocks.mlp.down.bias" in shapes) == ("mlp" in config.biases)
+    assert ("blocks.attention_norm.scale" in shapes) == (config.norm_placement in ("pre", "sandwich"))
+    assert ("blocks.attention_post_norm.scale" in shapes) == (config.norm_placement in ("post", "sandwich"))
+    of_sum = config.norm_placement == "sum"
+    assert ("blocks.mlp_sum_norm.scale" in shapes) == ("embed_norm.scale" in shapes) == of_sum
+    assert ("final_norm.scale" in shapes) == (not of_sum)
+    assert ("final_norm.bias" in shapes) == (config.norm == "layer" and not of_sum)
+    encoder = config.architecture == "encoder"
+    assert ("transform.dense.kernel" in shapes) == ("output_bias" in shapes) == encoder
+    assert not encoder or (shapes["output_bias"].shape, dims["output_bias"]) == ((128,), ("vocab",))
 
 
 @pytest.mark.parametrize("size, rows", [(1, 128), (128, 128), (129, 256), (50257, 50304)])

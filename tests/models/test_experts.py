@@ -32,12 +32,14 @@ TOLERANCE = 1e-5
 """Of float32 against float64, relative to the norm."""
 
 MIXTRAL = ModelConfig(
-    layers=1, embed=32, heads=4, mlp=48, gated=True, activation="silu", mlp_bias=False, experts=8,
+    layers=1, embed=32, heads=4, mlp=48, gated=True, activation="silu", biases=("qkv", "output"), experts=8,
     balance_loss=0.3, router_z_loss=0.2,
 )  # fmt: skip
 DEEPSEEK_V2 = dataclasses.replace(MIXTRAL, router="softmax", experts_per_token=3, shared_experts=2, router_scale=1.5)
 DEEPSEEK_V3 = dataclasses.replace(DEEPSEEK_V2, router="sigmoid", router_scale=2.5, balance_rate=1e-3, shared_experts=1)
-BIASED = dataclasses.replace(MIXTRAL, gated=False, activation="gelu_tanh", mlp_bias=True, experts_per_token=1)
+BIASED = dataclasses.replace(
+    MIXTRAL, gated=False, activation="gelu_tanh", biases=ModelConfig().biases, experts_per_token=1
+)
 SWITCH = dataclasses.replace(BIASED, router="softmax", capacity_factor=1.0)
 GSHARD = dataclasses.replace(MIXTRAL, capacity_factor=0.8)
 CAPPED_V3 = dataclasses.replace(DEEPSEEK_V3, capacity_factor=1.25)

@@ -71,7 +71,7 @@ PUBLISHED = {
             **{"use_sliding_window": False, "max_window_layers": 24, "use_mrope": False, "vocab_size": 151936},
             **{"tie_word_embeddings": True, "max_position_embeddings": 32768},
         },
-        {"qkv_bias": True, "output_bias": False, "windows": ()},
+        {"biases": ("qkv",), "windows": ()},
     ),
     "Qwen3-0.6B": (
         596_049_920,
@@ -107,7 +107,7 @@ PUBLISHED = {
             **{"rope_theta": 1000000, "rope_local_base_freq": 10000, "sliding_window": 512, "vocab_size": 262144},
             **{"eos_token_id": [1, 106], "bos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 32768},
         },
-        {"rope_local_theta": 10000.0, "rope_theta": 1000000.0, "logit_softcap": None, "norm_offset": True},
+        {"rope_local_theta": 10000.0, "rope_theta": 1000000.0, "logit_softcap": None, "norm": "rms_offset"},
     ),
     "OLMo-2-7B": (
         7_298_617_344,
@@ -144,6 +144,33 @@ PUBLISHED = {
         },
         {"mlp": 768, "experts": 128, "router": "topk_softmax"},
     ),
+    "bert-base-uncased": (
+        109_514_298,
+        {
+            **{
+                "architectures": ["BertForMaskedLM"],
+                "attention_probs_dropout_prob": 0.1,
+                "gradient_checkpointing": False,
+            },
+            **{"hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02},
+            **{"intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512},
+            **{"model_type": "bert", "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0},
+            **{"position_embedding_type": "absolute", "transformers_version": "4.6.0.dev0", "type_vocab_size": 2},
+            **{"use_cache": True, "vocab_size": 30522},
+        },
+        {"architecture": "encoder", "norm_placement": "sum", "token_types": 2, "max_positions": 512, "tied": True},
+    ),
+    "roberta-base": (
+        124_697_433,
+        {
+            **{"architectures": ["RobertaForMaskedLM"], "attention_probs_dropout_prob": 0.1, "bos_token_id": 0},
+            **{"eos_token_id": 2, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768},
+            **{"initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05, "vocab_size": 50265},
+            **{"max_position_embeddings": 514, "model_type": "roberta", "num_attention_heads": 12},
+            **{"num_hidden_layers": 12, "pad_token_id": 1, "type_vocab_size": 1},
+        },
+        {"architecture": "encoder", "norm_epsilon": 1e-5, "token_types": 1, "max_positions": 514},
+    ),
 }
 """Model -> parameters, config.json as it is on Hugging Face, and some of what it says in our keys."""
 
@@ -168,7 +195,7 @@ def test_names_of_tensors_are_unique(name):
     (shape,) = [shape for family, shape in FIRST if family == name]
     family = families.FAMILIES[name]
     found = [match.name for match in matches(family, build(family.read(config_json(name, shape)), None))]
-    assert len(set(found)) == len(found) and all(name.startswith((family.prefix, "lm_head.")) for name in found)
+    assert len(set(found)) == len(found) and all(name.startswith((family.prefix, "lm_head.", "cls.")) for name in found)
 
 
 NUMBERS = st.integers(-(2**40), 2**40) | st.floats() | st.booleans()

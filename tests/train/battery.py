@@ -31,9 +31,7 @@ LLAMA = ModelConfig(
     activation="silu",
     norm="rms",
     positions="rotary",
-    qkv_bias=False,
-    output_bias=False,
-    mlp_bias=False,
+    biases=(),
     tied=False,
     windows=(8, 0),
     qk_norm="head",
@@ -43,7 +41,10 @@ MOE_SHARED = dataclasses.replace(MOE, router="sigmoid", router_scale=2.0, shared
 MOE_CAPPED = dataclasses.replace(
     GPT, mlp=64, experts=4, experts_per_token=1, router="softmax", capacity_factor=1.0, balance_loss=0.05
 )
-STYLES = {"gpt": GPT, "llama": LLAMA, "moe": MOE, "moe_shared": MOE_SHARED, "moe_capped": MOE_CAPPED}
+BERT = dataclasses.replace(
+    GPT, architecture="encoder", norm_placement="sum", token_types=2, activation="gelu", norm_epsilon=1e-12
+)
+STYLES = {"gpt": GPT, "llama": LLAMA, "moe": MOE, "moe_shared": MOE_SHARED, "moe_capped": MOE_CAPPED, "bert": BERT}
 
 
 class Result(NamedTuple):
@@ -75,7 +76,7 @@ def configuration(style: str | ModelConfig, optimizer: str = "adamw", **changes:
     model = STYLES[style] if isinstance(style, str) else style
     config = RunConfig(
         model=dataclasses.replace(model, vocabulary=VOCABULARY),
-        data=DataConfig(sequence_length=32, batch_size=16),
+        data=DataConfig(sequence_length=32, batch_size=16, noise=0.0 if model.causal else 0.15),
         optimizer=OptimizerConfig(name=optimizer, learning_rate=3e-4, warmup_steps=0),
         train=TrainConfig(steps=10),
     )

@@ -1,4 +1,4 @@
-"""The parity battery in full: which meshes, decoders and pipeline schedules are compared with one device."""
+"""The parity battery in full: which meshes, models and pipeline schedules are compared with one device."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -121,6 +121,11 @@ MESHES = ONE_AXIS | TWO_AXES | THREE_AXES
 SCHEDULES = get_args(get_type_hints(PipelineConfig)["schedule"])
 DENSE = ("gpt", "llama")
 OTHER_EXPERTS = {"moe_shared": ("ep8", "fsdp2,ep4", "ep2,cp2,tp2"), "moe_capped": ("ep2", "ep2,tp2", "pp2,ep2")}
+ENCODED = (
+    *("rep2", "dp4", "fsdp4", "tp2", "tp4", "cp2", "cp4", "cp8", "pp2", "fsdp2,tp2", "dp4,tp2", "cp2,tp2", "pp2,cp2"),
+    *("dp2,fsdp2,tp2", "fsdp2,cp2,tp2", "pp2,dp2,tp2", "pp2,fsdp2,tp2"),
+)
+"""Meshes on which an encoder is compared too."""
 EXPERTS_WHOLE = ("dp4", "fsdp2,tp2", "cp2", "pp2", "pp2,dp2,tp2")
 """Meshes without ep on which mixtures of experts train too."""
 
@@ -169,6 +174,7 @@ def _rows() -> Iterator[Row]:
         sizes = parse(mesh).sizes
         styles = ["moe"] if sizes["ep"] > 1 else [*DENSE, *(["moe"] if mesh in EXPERTS_WHOLE else [])]
         styles += [style for style, meshes in OTHER_EXPERTS.items() if mesh in meshes]
+        styles += ["bert"] if mesh in ENCODED else []
         for style in styles:
             if style in STYLES:
                 yield from (Row(mesh, style, schedule) for schedule in (SCHEDULES if sizes["pp"] > 1 else (None,)))

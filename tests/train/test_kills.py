@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm.checkpoint.store import SaveFailed, Store
 from jaxlm.config import faultpoints
 from jaxlm.config.errors import UserError
 from jaxlm.config.faultpoints import POINTS
@@ -62,6 +63,17 @@ def test_a_save_that_fails_at_any_stage_harms_nothing(
     assert losses(tmp_path) == losses(whole)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["8"], "what failed left nothing, and later saves tidied up"
+
+
+def test_a_save_that_fails_unseen_takes_no_other_with_it(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """Several processes learn of it only when the next one is due: that one is made, and the run does not end."""
+    monkeypatch.setenv(faultpoints.VARIABLE, "before-commit:1:enospc,before-commit:3:eio,before-commit:4:eio")
+    monkeypatch.setattr(Store, "poll", lambda store: None)
+    faultpoints._visits.clear()
+    with pytest.raises(SaveFailed, match="saving checkpoint 8 in"):
+        train(corpus, tmp_path, train__steps=12, checkpoint__every=2, checkpoint__keep=0)
+    with Store(tmp_path / "checkpoints") as store:
+        assert store.steps() == [4], "made although 2 had failed; 6 and 8 are two in a row"
 
 
 @pytest.mark.parametrize("text", ["nowhere:1:kill", "step:0:kill", "step:1:explode", "step", "step:1:kill+1e9"])

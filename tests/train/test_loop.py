@@ -17,7 +17,7 @@ from jaxlm.config.errors import Diverged, NoValidCheckpoint, UserError
 from jaxlm.config.load import load
 from jaxlm.config.schema import RunConfig
 from jaxlm.metrics.jsonl import read
-from jaxlm.train import loop
+from jaxlm.train import loop, saving
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.faults import alone
 from tests.train.running import ROOT, arguments, losses, train
@@ -297,6 +297,29 @@ def test_one_failed_save_is_survived_and_two_in_a_row_end_the_run(
             train(corpus, tmp_path, **keys)
         assert calls == [2, 4]
     assert [e["kind"] for e in read(tmp_path / "events.jsonl") if e["event"] == "fault"] == ["save failed"] * failures
+
+
+def test_it_can_stand_still_until_a_save_works(
+    corpus: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = Store.save, []
+
+    def save(self, step: int, state, meta) -> None:
+        calls.append(step)
+        if len(calls) in (1, 2, 3, 5, 6, 7):  # the disk is full twice, the second time at the end
+            raise SaveFailed(f"saving checkpoint {step} failed: no space")
+        real(self, step, state, meta)
+
+    monkeypatch.setattr(Store, "save", save)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.01)
+    keys = {"checkpoint__every": 4, "eval__every": 0, "eval__sample_tokens": 0}
+    train(corpus, tmp_path, checkpoint__on_failure="wait", **keys)
+    assert calls == [4, 5, 5, 5, 8, 8, 8, 8], "after each failure the step at hand, again and again"
+    assert "checkpoint 4 failed: no space; training stands still until a save works" in capsys.readouterr().out
+    with Store(tmp_path / "checkpoints") as store:
+        assert store.steps() == [5, 8] and store.latest_valid(pytest.fail) == 8
+    train(corpus, tmp_path / "whole", **keys)
+    assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
 def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(

@@ -101,6 +101,28 @@ def test_loss_and_gradients_are_the_oracle(monkeypatch, terms, chunk, tied, shar
     assert not np.asarray(dx)[np.asarray(arrays[3]) == 0].any(), "masked tokens have no gradient"
 
 
+@pytest.mark.parametrize(("chunk", "tied", "shards", "token_shards", "blocks"), WAYS)
+def test_a_bias_is_one_more_channel_that_is_always_1(monkeypatch, chunk, tied, shards, token_shards, blocks):
+    monkeypatch.setattr(loss, "_block", lambda x_GLD, _: -(-x_GLD.shape[1] // blocks))
+    x, head, targets, mask = inputs()
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=head.shape[1]), jnp.float32)
+
+    @jax.jit
+    def run(x, head, bias):
+        return cross_entropy(
+            *(x, head.T if tied else head, targets, mask, bias),
+            **{"vocabulary": VOCABULARY, "chunk": chunk, "transposed": tied, "softcap": 3.0, "label_smoothing": 0.1},
+            **{"shards": shards, "token_shards": token_shards},
+        )[0]
+
+    total, grads = jax.value_and_grad(run, argnums=(0, 1, 2))(x, head, bias)
+    wider = jnp.concatenate([x, jnp.ones((len(x), 1))], axis=1), jnp.concatenate([head, bias[None]])
+    terms = {"vocabulary": VOCABULARY, "softcap": 3.0, "label_smoothing": 0.1}
+    wanted, dx, dhead = oracle(*wider, targets, mask, **terms)
+    assert max(map(error, (total, *grads), (wanted, dx[:, :-1], dhead[:-1], dhead[-1]))) <= FLOAT32_TOLERANCE
+    assert error(total, oracle(x, head, targets, mask, **terms)[0]) > 1e-3, "it counts"
+
+
 @pytest.mark.parametrize("chunk", [0, 16])
 def test_bfloat16_inputs(chunk):
     arrays = inputs(dtype="bfloat16")

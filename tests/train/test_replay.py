@@ -9,6 +9,8 @@ import pytest
 
 from jaxlm.checkpoint.store import Store
 from jaxlm.config.errors import UserError
+from jaxlm.data.loader import Loader
+from jaxlm.metrics.jsonl import read
 from jaxlm.train.replay import Different, Replay, replay
 from tests.train.running import train
 
@@ -34,6 +36,23 @@ def test_replayed_steps_are_the_same(
 def test_from_the_beginning(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     replay(Replay(run=str(whole), step=2))
     assert "replaying steps 1 to 2, from sample 0" in capsys.readouterr().out
+
+
+def test_past_data_that_was_left_out(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that went back twice; what it skipped comes between the checkpoint and the step."""
+    rows, bad = Loader.rows, {*range(2 * 8, 4 * 8), *range(6 * 8, 8 * 8)}
+
+    def poisoned(self, position, first, last):
+        made = rows(self, position, first, last)
+        made["loss_mask"][[position + i in bad for i in range(first, last)]] = float("nan")
+        return made
+
+    monkeypatch.setattr(Loader, "rows", poisoned)
+    train(corpus, tmp_path, checkpoint__every=2, checkpoint__keep=0, train__max_skipped=2, eval__every=0)
+    assert [event["to"] for event in read(tmp_path / "events.jsonl") if event["event"] == "fault"] == [2, 4]
+    for step in ("4", "6"):
+        shutil.rmtree(tmp_path / "checkpoints" / step)
+    replay(Replay(run=str(tmp_path), step=8))
 
 
 def test_a_flipped_bit_is_found(whole: Path, tmp_path: Path) -> None:

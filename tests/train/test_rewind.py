@@ -11,7 +11,8 @@ from jaxlm.config.errors import Diverged
 from jaxlm.data.loader import Loader
 from jaxlm.metrics.jsonl import read
 from jaxlm.train.watch import SPIKE, WINDOW, BadNumbers, Watch
-from tests.train.running import losses, train
+from tests.processes import two_ranks
+from tests.train.running import arguments, losses, train
 
 KEYS = {"checkpoint__every": 2, "eval__every": 0, "train__max_skipped": 2}
 BATCH = 8
@@ -50,6 +51,39 @@ def test_it_goes_back_and_past_the_bad_samples(corpus: Path, tmp_path: Path, poi
     layers = known["gradients"]["blocks.mlp.up.kernel"]
     assert layers["norm"] == ["nan", "nan"] and all(layers["not_finite"])
     assert not any(known["parameters"]["blocks.mlp.up.kernel"]["not_finite"])
+
+
+RANK = """
+import os, sys
+rank, port, start, stop = (int(word) for word in sys.argv[1:5])
+os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(rank)}
+import numpy as np
+from jaxlm.config.load import load
+from jaxlm.config.schema import RunConfig
+from jaxlm.data.loader import Loader
+from jaxlm.train import loop
+
+rows = Loader.rows
+
+def poisoned(self, position, first, last):
+    made = rows(self, position, first, last)
+    made["loss_mask"][[start <= position + i < stop for i in range(first, last)]] = np.nan
+    return made
+
+Loader.rows = poisoned
+loop.run(load(RunConfig, sys.argv[5:])[0])
+"""
+
+
+def test_two_processes_go_back_together(corpus: Path, tmp_path: Path) -> None:
+    """The bad rows are one process's alone."""
+    keys = KEYS | {"mesh": "dp2", "distributed": True, "train__steps": 10}
+    two_ranks(RANK, str(6 * BATCH), str(6 * BATCH + 12), *arguments(corpus, tmp_path, **keys))
+    (event,) = [event for event in read(tmp_path / "events.jsonl") if event["event"] == "fault"]
+    assert (event["kind"], event["step"], event["to"], event["skipped_samples"]) == ("rewind", 8, 6, [48, 64])
+    assert list(losses(tmp_path)) == list(range(1, 11)) and all(losses(tmp_path).values())
+    known = json.loads((tmp_path / "forensics" / "step-7.json").read_text())
+    assert known["gradients"]["blocks.mlp.up.kernel"]["norm"] == ["nan", "nan"]
 
 
 def test_killed_before_the_next_save_it_does_the_same_again(corpus: Path, tmp_path: Path, poison) -> None:

@@ -32,6 +32,7 @@ def attend(
     kv_segments_BS: Int[Array, "B S"] | None = None,
     kv_positions_BS: Int[Array, "B S"] | None = None,
     scale: float,
+    causal: bool = True,
     window: int = 0,
     softcap: float | None = None,
     backend: str,
@@ -39,10 +40,11 @@ def attend(
     context: str = "ring",
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention within segments: softmax(q k^T * scale) v over the keys that a query sees.
+    """Attention within segments: softmax(q k^T * scale) v over the keys that a query sees.
 
-    A query sees the keys of its own segment at its own position or before, fewer than `window` positions back (0: any
-    number). Segment 0 is padding: it attends to itself and stays finite. Query head n reads kv head n // (N / K).
+    A query sees the keys of its own segment; where `causal`, those at its own position or before, fewer than `window`
+    positions back (0: any number). Segment 0 is padding: it attends to itself and stays finite. Query head n reads kv
+    head n // (N / K).
 
     Without `kv_segments_BS` and `kv_positions_BS` this is self-attention: T equals S and, within a segment, positions
     count up by one from token to token, which lets every backend skip what causality hides. With them it is attention
@@ -56,36 +58,43 @@ def attend(
     cached = kv_segments_BS is not None
     if cached != (kv_positions_BS is not None):
         raise ValueError("attend: give both kv_segments_BS and kv_positions_BS (a cache) or neither (self-attention)")
+    if window and not causal:
+        raise ValueError(f"attend: a window of {window} counts back from a query, and this attention is not causal")
     q_heads, tp = q_BTNH.shape[2], parts(mesh, HEAD_AXIS)
     if cached or backend == "reference":
         k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
         kv_segments = q_segments_BT if kv_segments_BS is None else kv_segments_BS
         kv_positions = q_positions_BT if kv_positions_BS is None else kv_positions_BS
-        visible_BTS = visible(q_segments_BT, kv_segments, q_positions_BT, kv_positions, window)
+        visible_BTS = visible(q_segments_BT, kv_segments, q_positions_BT, kv_positions, window, causal)
         if backend not in ("reference", "xla"):
             raise UserError(f"attention {backend}: it cannot read a key-value cache; use --attention=auto")
         run = reference_attention if backend == "reference" else xla_attention
         return run(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=scale, softcap=softcap)
-    local, cuts = _whole_sequence(backend, scale, window, softcap, interpret), parts(mesh, SEQUENCE_AXIS)
+    local = _whole_sequence(backend, scale, causal, window, softcap, interpret)
+    cuts = parts(mesh, SEQUENCE_AXIS)
     if cuts > 1 and context == "ulysses":
         k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp * cuts)
         return on_shards(heads_for_tokens(local), mesh, q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
     k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
     if cuts > 1:
-        local = partial(ring_attention, terms=Terms(context, scale, window, softcap, can_permute(mesh)))
+        local = partial(ring_attention, terms=Terms(context, scale, causal, window, softcap, can_permute(mesh)))
     elif backend == "xla":  # which the partitioner understands
         return local(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
     return on_shards(local, mesh, q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
 
 
-def _whole_sequence(backend: str, scale: float, window: int, softcap: float | None, interpret: bool) -> Local:
+def _whole_sequence(
+    backend: str, scale: float, causal: bool, window: int, softcap: float | None, interpret: bool
+) -> Local:
     """Self-attention by `backend` where a device holds its heads' whole sequence."""
     if backend == "xla":
-        return lambda q, k, v, segments: xla_self_attention(q, k, v, segments, scale, window, softcap)
+        return lambda q, k, v, segments: xla_self_attention(q, k, v, segments, scale, window, softcap, causal)
     if backend == "splash":
-        return partial(splash_attention, scale=scale, window=window, softcap=softcap, interpret=interpret)
+        return partial(
+            splash_attention, scale=scale, causal=causal, window=window, softcap=softcap, interpret=interpret
+        )
     if backend == "cudnn" and softcap is None:
-        return partial(cudnn_attention, scale=scale, window=window)
+        return partial(cudnn_attention, scale=scale, causal=causal, window=window)
     raise UserError(f"attention {backend}: it has no soft cap or no such backend exists; use --attention=auto")
 
 

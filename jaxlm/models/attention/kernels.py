@@ -22,13 +22,14 @@ def cudnn_attention(
     segments_BT: Int[Array, "B T"],
     *,
     scale: float,
+    causal: bool,
     window: int,
 ) -> Float[Array, "B T N H"]:
     """Flash attention by cuDNN through `jax.nn.dot_product_attention`; segments travel as a [B, 1, T, T] mask."""
     same_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
     reach = (window - 1, 0) if window else None
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=True, local_window_size=reach, scale=scale,
+        q_BTNH, k_BTKH, v_BTKH, mask=same_B1TS, is_causal=causal, local_window_size=reach, scale=scale,
         implementation="cudnn",
     )  # fmt: skip
 
@@ -40,6 +41,7 @@ def splash_attention(
     segments_BT: Int[Array, "B T"],
     *,
     scale: float,
+    causal: bool,
     window: int,
     softcap: float | None,
     interpret: bool = False,
@@ -53,7 +55,8 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length = q_BTNH.shape[1]
-    mask = masks.LocalMask((length, length), (window - 1, 0), 0) if window else masks.CausalMask((length, length))
+    whole = masks.CausalMask if causal else masks.FullMask
+    mask = masks.LocalMask((length, length), (window - 1, 0), 0) if window else whole((length, length))
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * q_BTNH.shape[2]),
         head_shards=1,

@@ -17,10 +17,15 @@ def visible(
     q_positions_BT: Int[Array, "B T"],
     kv_positions_BS: Int[Array, "B S"],
     window: int,
+    causal: bool = True,
 ) -> Bool[Array, "B T S"]:
-    """Which query sees which key: same segment, not later, and fewer than `window` tokens back (0: any distance)."""
+    """Which query sees which key: same segment; where `causal`, also not later, and fewer than `window` tokens back (0:
+    any distance)."""
+    same_BTS = q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
+    if not causal:
+        return same_BTS
     distance_BTS = q_positions_BT[:, :, None] - kv_positions_BS[:, None, :]
-    seen_BTS = (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]) & (distance_BTS >= 0)
+    seen_BTS = same_BTS & (distance_BTS >= 0)
     return seen_BTS & (distance_BTS < window) if window else seen_BTS
 
 

@@ -4,7 +4,7 @@ The sequence is cut into two pieces a device, and device i of n holds pieces i a
 first is seen by many and sees few, the second the reverse, so that under a causal mask all devices have the same to do.
 First a device attends to its own keys: both pieces to themselves, and the second to the first. With the keys of any
 other device j, two pairs of pieces remain of which the queries see all keys: its second piece and j's first, and either
-both first ones (j < i) or both second ones (j > i).
+both first ones (j < i) or both second ones (j > i). Without causality all four pairs remain, of every device.
 
 - ring: keys and values travel from neighbour to neighbour, once around in the forward pass and once more, with their
   gradients, in the backward (Liu et al. 2023, https://arxiv.org/abs/2310.01889). A device never holds more than its own
@@ -41,6 +41,7 @@ class Terms(NamedTuple):
 
     method: str
     scale: float
+    causal: bool
     window: int
     softcap: float | None
     permutes: bool = True
@@ -64,7 +65,7 @@ def ring_attention(
     segments_BT: Int[Array, "B T"],
     terms: Terms,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention within segments of this device's queries to the keys of all devices of `context`; call it where
+    """Attention within segments of this device's queries to the keys of all devices of `context`; call it where
     that axis is manual. Statistics in float32."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, terms)[0]
 
@@ -136,6 +137,9 @@ def _each_pair(add, state, kv, origin, terms):
     def pairs(queries, keys, distance):
         return Pairs(*(jnp.stack([jnp.asarray(n, jnp.int32) for n in each]) for each in (queries, keys, distance)))
 
+    if not terms.causal:
+        every = pairs((0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 0))  # all see all: distances are of no account
+        return jax.lax.scan(partial(one, plain), state, every)[0]
     if origin is None:
         state, _ = jax.lax.scan(partial(one, causal), state, pairs((0, 1), (0, 1), (0, 0)))
         both = pairs((1,), (0,), ((last - 2 * index) * length,))

@@ -1,15 +1,17 @@
 """Attention out of plain XLA operations, arranged so that XLA runs it fast everywhere.
 
 Self-attention goes through the queries in a few blocks and computes only the keys a block can see: causality makes that
-just over half of the logits, a window fewer. The softmax divides the [T, H] output instead of the [T, S] weights, heads
-are batch dims of plain matmuls, kv heads are shared and never repeated, and the backward pass recomputes the weights
-from the log-sum-exp (as FlashAttention does, https://arxiv.org/abs/2307.08691), so that nothing of size T x S is kept.
+just over half of the logits, a window fewer, and without causality it is all. The softmax divides the [T, H] output
+instead of the [T, S] weights, heads are batch dims of plain matmuls, kv heads are shared and never repeated, and the
+backward pass recomputes the weights from the log-sum-exp (as FlashAttention does, https://arxiv.org/abs/2307.08691), so
+that nothing of size T x S is kept.
 
 Legend: B batch, T target length, S source length, K kv heads, G query heads of one kv head, H head size;
 t and s are the lengths of one block of queries and of the keys it can see.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,17 @@ BLOCK = 64
 MAX_BLOCKS = 8
 
 
-def query_blocks(length: int, window: int) -> list[tuple[int, int, int]]:
-    """(first query, query end, first key) of each block; a block's keys end where its queries end.
+class Block(NamedTuple):
+    """Queries, and the keys they can see: the first and one past the last of each."""
+
+    first: int
+    end: int
+    key_first: int
+    key_end: int
+
+
+def query_blocks(length: int, window: int, causal: bool = True) -> list[Block]:
+    """Of a sequence of `length`; under causality a block's keys end where its queries end.
 
     At most MAX_BLOCKS, because they are unrolled into the program; BLOCK queries at the least, because smaller matmuls
     lose on CPU what they save.
@@ -34,7 +45,8 @@ def query_blocks(length: int, window: int) -> list[tuple[int, int, int]]:
     count = min(max(length // BLOCK, 1), MAX_BLOCKS)
     edges = [index * length // count for index in range(count + 1)]
     starts = [max(0, first - window + 1) // BLOCK * BLOCK if window else 0 for first in edges[:-1]]
-    return list(zip(edges[:-1], edges[1:], starts, strict=True))
+    ends = edges[1:] if causal else [length] * count
+    return list(map(Block, edges[:-1], edges[1:], starts, ends))
 
 
 def xla_attention(
@@ -60,7 +72,7 @@ def xla_attention(
     return (o_BTKGH / total_BTKG[..., None]).astype(q_BTNH.dtype).reshape(q_BTNH.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def xla_self_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
@@ -69,18 +81,19 @@ def xla_self_attention(
     scale: float,
     window: int,
     softcap: float | None,
+    causal: bool = True,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of a sequence to itself, within segments; statistics in float32."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap)[0]
+    """Attention of a sequence to itself, within segments; statistics in float32."""
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap, causal)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap):
+def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap, causal):
     q_BKGTH = grouped(q_BTNH, k_BTKH.shape[2]) * jnp.asarray(scale, q_BTNH.dtype)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     outputs, normalizers = [], []
-    for block in query_blocks(q_BTNH.shape[1], window):
-        first, end, start = block
-        logits, _ = _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap)
+    for block in query_blocks(q_BTNH.shape[1], window, causal):
+        start, end = block.key_first, block.key_end
+        logits, _ = _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap, causal)
         peak = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - peak)
         total = weights.sum(axis=-1, keepdims=True)
@@ -92,7 +105,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window, softcap):
     return o_BTNH, (q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, lse_BKGT1)
 
 
-def _backward(scale, window, softcap, residuals, do_BTNH):
+def _backward(scale, window, softcap, causal, residuals, do_BTNH):
     q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, lse_BKGT1 = residuals
     dtype, length = q_BKGTH.dtype, q_BKGTH.shape[3]
     do_BKGTH = grouped(do_BTNH, k_BKTH.shape[1])
@@ -101,13 +114,13 @@ def _backward(scale, window, softcap, residuals, do_BTNH):
     delta_BKGT1 = grouped(delta_BTN1, k_BKTH.shape[1])
     dq_blocks: list[jax.Array] = []
     dk_BKHT = dv_BKHT = jnp.zeros((), jnp.float32)
-    for block in query_blocks(length, window):
-        first, end, start = block
-        q, do = q_BKGTH[:, :, :, first:end], do_BKGTH[:, :, :, first:end]
+    for block in query_blocks(length, window, causal):
+        first, last, start, end = block
+        q, do = q_BKGTH[:, :, :, first:last], do_BKGTH[:, :, :, first:last]
         k, v = k_BKTH[:, :, start:end], v_BKTH[:, :, start:end]
-        logits, slope = _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap)
-        weights = jnp.exp(logits - lse_BKGT1[:, :, :, first:end])
-        dlogits = weights * (_matmul("bkgth,bksh->bkgts", do, v) - delta_BKGT1[:, :, :, first:end])
+        logits, slope = _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap, causal)
+        weights = jnp.exp(logits - lse_BKGT1[:, :, :, first:last])
+        dlogits = weights * (_matmul("bkgth,bksh->bkgts", do, v) - delta_BKGT1[:, :, :, first:last])
         dlogits = (dlogits if slope is None else dlogits * slope).astype(dtype)
         dq_blocks.append((_matmul("bkgts,bksh->bkgth", dlogits, k) * scale).astype(dtype))
         # As [H, S]: a matmul turns its left side around, and q is smaller than the [T, S] weights.
@@ -121,17 +134,19 @@ def _backward(scale, window, softcap, residuals, do_BTNH):
 xla_self_attention.defvjp(_forward, _backward)
 
 
-def _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap):
+def _block_logits(q_BKGTH, k_BKTH, segments_BT, block, window, softcap, causal):
     """Masked logits of one block, and the derivative of the soft cap there (None without one)."""
-    first, end, start = block
-    logits = _matmul("bkgth,bksh->bkgts", q_BKGTH[:, :, :, first:end], k_BKTH[:, :, start:end])
+    first, last, start, end = block
+    logits = _matmul("bkgth,bksh->bkgts", q_BKGTH[:, :, :, first:last], k_BKTH[:, :, start:end])
     slope = None
     if softcap is not None:
         squashed = jnp.tanh(logits / softcap)
         logits, slope = softcap * squashed, 1.0 - squashed * squashed
-    distance_ts = jnp.arange(first, end)[:, None] - jnp.arange(start, end)[None, :]
-    seen_ts = (distance_ts >= 0) & (distance_ts < window) if window else distance_ts >= 0
-    seen_Bts = (segments_BT[:, first:end, None] == segments_BT[:, None, start:end]) & seen_ts[None]
+    seen_Bts = segments_BT[:, first:last, None] == segments_BT[:, None, start:end]
+    if causal:
+        distance_ts = jnp.arange(first, last)[:, None] - jnp.arange(start, end)[None, :]
+        seen_ts = (distance_ts >= 0) & (distance_ts < window) if window else distance_ts >= 0
+        seen_Bts &= seen_ts[None]
     return jnp.where(seen_Bts[:, None, None], logits, HIDDEN), slope
 
 

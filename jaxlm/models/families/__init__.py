@@ -7,6 +7,7 @@ from jaxlm.config.errors import UserError
 from jaxlm.config.schema import ModelConfig
 from jaxlm.config.values import shown
 from jaxlm.models.families import (
+    bert,
     gemma2,
     gemma3,
     gpt2,
@@ -17,6 +18,7 @@ from jaxlm.models.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    roberta,
 )
 from jaxlm.models.families.family import Family
 
@@ -31,6 +33,8 @@ FAMILIES: dict[str, Family] = {
     "olmo2": olmo2.FAMILY,
     "mixtral": mixtral.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
+    "bert": bert.FAMILY,
+    "roberta": roberta.FAMILY,
 }
 """By the `model_type` of config.json."""
 
@@ -55,12 +59,13 @@ def of_model(model: ModelConfig) -> Family:
     Raises:
         UserError: none can; with what one of them cannot say.
     """
-    refused = []
+    refused = {}
     for family in FAMILIES.values():
         try:
             family.write(model)
         except UserError as error:
-            refused.append(str(error))
+            refused[family.name] = str(error)
         else:
             return family
-    raise UserError(f"no family of Hugging Face has all of this model ({refused[model.positions != 'learned']})")
+    nearest = "bert" if model.architecture == "encoder" else "gpt2" if model.positions == "learned" else "llama"
+    raise UserError(f"no family of Hugging Face has all of this model ({refused[nearest]})")

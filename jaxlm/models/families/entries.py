@@ -75,16 +75,21 @@ class Activation:
 
 @dataclass(frozen=True)
 class Biases:
-    """One field for the biases of all four attention projections."""
+    """One field for the biases of all four attention projections, and in some families one for the feed-forward's."""
 
-    default: bool = False
+    mlp: str | None = None
+    """The name of the second."""
 
     def read(self, json: Json) -> dict[str, Any]:
-        bias = checked(json, "attention_bias", bool, json.take("attention_bias", self.default))
-        return {"qkv_bias": bias, "output_bias": bias}
+        given = {theirs: checked(json, theirs, bool, json.take(theirs, False)) for theirs in self._fields}
+        return {"biases": tuple(bias for theirs, ours in self._fields.items() for bias in ours if given[theirs])}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {"attention_bias": model.qkv_bias}
+        return {theirs: ours[0] in model.biases for theirs, ours in self._fields.items()}
+
+    @property
+    def _fields(self) -> dict[str, tuple[str, ...]]:
+        return {"attention_bias": ("qkv", "output")} | ({} if self.mlp is None else {self.mlp: ("mlp",)})
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ mathematics alone; what a `ModelConfig` says that a family has no field for is f
 """
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxlm.config.errors import UserError
@@ -49,6 +50,7 @@ ABSENT = {
 TRAINING = frozenset(
     {
         *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "hidden_dropout"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
         *("router_aux_loss_coef", "router_jitter_noise"),
     }
 )
@@ -104,6 +106,8 @@ class Row(NamedTuple):
     """Theirs is [outputs, inputs] (torch's Linear), ours inputs first."""
     inputs: int = 1
     """Dims of ours, after layers and experts, that are inputs; those together are one dim of theirs."""
+    first: int = 0
+    """The row of theirs that is our first; those before it are our last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,16 @@ class Family:
     """Before the names of tensors; files of a model without its output layer lack it."""
     buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Endings of tensors that are no parameters: they follow from config.json."""
+    also: tuple[str, ...] = ()
+    """Other classes of transformers whose files are read."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Endings of tensors in files of old, and what they are called now."""
+    repeats: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that files of tied models may hold besides, and the one that each of them repeats."""
+    head: tuple[str, ...] = ()
+    """Beginnings of parameters of ours that files of a model without its output layer lack."""
+    aside: tuple[str, ...] = ()
+    """Beginnings of tensors of theirs that we do not compute with: they are kept beside the run and written again."""
 
     def read(self, given: Mapping[str, Any]) -> ModelConfig:
         """The model that a config.json describes.
@@ -135,7 +149,7 @@ class Family:
         """
         json, ours = Json(given), dict(self.fixed)
         classes = json.take("architectures", None) or [self.architecture]
-        if not isinstance(classes, list) or not {self.architecture, self.base} & set(map(str, classes)):
+        if not isinstance(classes, list) or not {self.architecture, self.base, *self.also} & set(map(str, classes)):
             raise json.refuse("architectures", f"is not {self.architecture}; only language models are read")
         for entry in self.entries:
             ours |= entry.read(json)
@@ -169,7 +183,7 @@ class Family:
     @property
     def base(self) -> str:
         """The class without the output layer."""
-        return self.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+        return re.sub("ForCausalLM|LMHeadModel|ForMaskedLM", "Model", self.architecture)
 
 
 def unlike(a: ModelConfig, b: ModelConfig) -> list[tuple[str, Any, Any]]:
@@ -193,6 +207,7 @@ def effective(model: ModelConfig) -> ModelConfig:
         query_scale=model.query_scale or model.head_width**-0.5,
         rope_local_theta=local,
         windows=shortest(windows_of(model)),
+        biases=tuple(sorted(set(model.biases))),
     )
 
 

@@ -18,12 +18,10 @@ FAMILY = Family(
     name="gemma2",
     architecture="Gemma2ForCausalLM",
     fixed={
-        "norm": "rms",
-        "norm_offset": True,
+        "norm": "rms_offset",
         "norm_placement": "sandwich",
         "gated": True,
         "positions": "rotary",
-        "mlp_bias": False,
         "embed_scale": True,
     },
     entries=(

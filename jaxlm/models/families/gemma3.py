@@ -18,13 +18,11 @@ FAMILY = Family(
     name="gemma3_text",
     architecture="Gemma3ForCausalLM",
     fixed={
-        "norm": "rms",
-        "norm_offset": True,
+        "norm": "rms_offset",
         "norm_placement": "sandwich",
         "qk_norm": "head",
         "gated": True,
         "positions": "rotary",
-        "mlp_bias": False,
         "embed_scale": True,
     },
     entries=(

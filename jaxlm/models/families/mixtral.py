@@ -13,9 +13,7 @@ FAMILY = Family(
         "norm": "rms",
         "gated": True,
         "positions": "rotary",
-        "qkv_bias": False,
-        "output_bias": False,
-        "mlp_bias": False,
+        "biases": (),
         "router": "topk_softmax",
     },
     entries=(

@@ -13,7 +13,6 @@ FAMILY = Family(
         "qk_norm": "projection",
         "gated": True,
         "positions": "rotary",
-        "mlp_bias": False,
     },
     entries=(
         *SIZES[:-1],

@@ -11,9 +11,7 @@ FAMILY = Family(
         "norm": "rms",
         "gated": True,
         "positions": "rotary",
-        "qkv_bias": True,
-        "output_bias": False,
-        "mlp_bias": False,
+        "biases": ("qkv",),
     },
     entries=(
         *SIZES,

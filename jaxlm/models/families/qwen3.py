@@ -7,7 +7,7 @@ from jaxlm.models.families.tensors import ATTENTION, ENDS, MLP, NORMS_BEFORE
 FAMILY = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
-    fixed={"norm": "rms", "gated": True, "positions": "rotary", "mlp_bias": False, "qk_norm": "head"},
+    fixed={"norm": "rms", "gated": True, "positions": "rotary", "qk_norm": "head"},
     entries=(
         *SIZES,
         kv_heads(REQUIRED),

@@ -26,7 +26,7 @@ class Router:
 FAMILY = Family(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    fixed={"norm": "rms", "gated": True, "positions": "rotary", "mlp_bias": False, "qk_norm": "head"},
+    fixed={"norm": "rms", "gated": True, "positions": "rotary", "qk_norm": "head"},
     entries=(
         *SIZES,
         kv_heads(REQUIRED),
