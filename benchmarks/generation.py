@@ -4,12 +4,12 @@
 
 A Llama of random weights, made here in float32; its greedy text is the same in both before anything is timed. Both take
 turns, and medians are told: a call that makes one token is the time of reading prompts, and what further tokens add to
-it, that of writing. Needs the extra hf-test.
+it, that of writing. Threads that wait for each other on a busy machine spoil such a comparison: `taskset -c 0` in front
+of the command gives both one core. Needs the extra hf-test.
 """
 
 import json
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,6 +34,8 @@ from jaxlm.generate.sampling import Sampling
 from jaxlm.models import families
 from jaxlm.models.build import build
 
+CLOCKS = ("clock", "cpu")
+"""Seconds that pass, and those of the processor, which say more on a busy machine."""
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
@@ -126,20 +128,23 @@ def measure(options: Options, generators: dict[str, Generate], rows: int) -> dic
     texts = {name: generate(prompts, options.new) for name, generate in generators.items()}
     if texts["jaxlm"] != texts["transformers"]:
         raise UserError("the two write different text, so their times mean nothing; look at tests/checkpoint first")
-    seconds: dict[tuple[str, int], list[float]] = {}
+    seconds: dict[tuple[str, int], list[list[float]]] = {}
     for _ in range(options.rounds + 1):  # the first compiles and warms up
         for name, generate in generators.items():
             for count in (1, options.new):
-                began = time.perf_counter()
+                began = [time.perf_counter(), time.process_time()]
                 generate(prompts, count)
-                seconds.setdefault((name, count), []).append(time.perf_counter() - began)
+                spent = [time.perf_counter() - began[0], time.process_time() - began[1]]
+                seconds.setdefault((name, count), []).append(spent)
     found: dict[str, Any] = {"rows": rows}
-    for name in generators:
-        first, whole = (np.array(seconds[name, count][1:]) for count in (1, options.new))
-        found[f"{name}_prefill"] = round(rows * options.prompt / statistics.median(first.tolist()), 1)
-        found[f"{name}_decode"] = round(rows * (options.new - 1) / statistics.median((whole - first).tolist()), 1)
-    for what in ("prefill", "decode"):
-        found[f"{what}_ratio"] = round(found[f"jaxlm_{what}"] / found[f"transformers_{what}"], 3)
+    for i, clock in enumerate(CLOCKS):
+        for name in generators:
+            first, whole = (np.array(seconds[name, count])[1:, i] for count in (1, options.new))
+            found[f"{name}_prefill_{clock}"] = round(rows * options.prompt / np.median(first), 1)
+            found[f"{name}_decode_{clock}"] = round(rows * (options.new - 1) / np.median(whole - first), 1)
+        for what in ("prefill", "decode"):
+            ratio = found[f"jaxlm_{what}_{clock}"] / found[f"transformers_{what}_{clock}"]
+            found[f"{what}_{clock}_ratio"] = round(ratio, 3)
     return found
 
 
@@ -154,9 +159,9 @@ def main(argv: list[str]) -> None:
         found = [measure(options, generators, rows) for rows in options.rows]
     for each in found:
         print(f"rows {each['rows']}: tokens/s, jaxlm and transformers")
-        for what in ("prefill", "decode"):
-            one, other, ratio = each[f"jaxlm_{what}"], each[f"transformers_{what}"], each[f"{what}_ratio"]
-            print(f"  {what:8} {one:10,.0f} {other:10,.0f}  ratio {ratio:.2f}")
+        for key in [f"{what}_{clock}" for what in ("prefill", "decode") for clock in CLOCKS]:
+            one, other, ratio = each[f"jaxlm_{key}"], each[f"transformers_{key}"], each[f"{key}_ratio"]
+            print(f"  {key:13} {one:10,.0f} {other:10,.0f}  ratio {ratio:.2f}")
     size = {"parameters": count, "prompt_tokens": options.prompt, "new_tokens": options.new}
     report.write(options.out, "generation.py", argv, size | {"tokens_per_second": found})
 

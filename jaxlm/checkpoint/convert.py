@@ -292,6 +292,11 @@ def _keep_texts(source: Path, run: Path, text: tokenizers.Tokenizer | None) -> N
         text.save(run / "tokenizer")
 
 
+def _texts_in(folder: Path) -> list[str]:
+    templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
+    return [name for name in (*TEXT_FILES, *templates) if (folder / name).exists()]
+
+
 def _keep_aside(run: Path, tensors: dict[str, safetensors.Stored], dtype: str) -> None:
     if tensors:
         (run / IMPORTED / ASIDE).mkdir(exist_ok=True)
@@ -305,11 +310,6 @@ def _keep_aside(run: Path, tensors: dict[str, safetensors.Stored], dtype: str) -
 def _read_aside(run: Path) -> dict[str, safetensors.Stored]:
     folder = run / IMPORTED / ASIDE
     return safetensors.open_folder(folder) if folder.is_dir() else {}
-
-
-def _texts_in(folder: Path) -> list[str]:
-    templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
-    return [name for name in (*TEXT_FILES, *templates) if (folder / name).exists()]
 
 
 def _content(path: Path) -> bytes:

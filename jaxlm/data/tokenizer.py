@@ -192,9 +192,6 @@ class HuggingFace(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_framed(self, texts: Sequence[str]) -> Sequence[Ids]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)]
-
     def encode_marked(self, text: str) -> list[int]:
         self._tokenizer.encode_special_tokens = False
         try:
@@ -210,6 +207,9 @@ class HuggingFace(Tokenizer):
         encoded = self._tokenizer.encode("a", add_special_tokens=True)
         special = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
         return tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], special))
+
+    def encode_framed(self, texts: Sequence[str]) -> Sequence[Ids]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=True)

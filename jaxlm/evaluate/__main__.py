@@ -68,9 +68,9 @@ def _text(options: Options, folder: Path, config: RunConfig, spec: MeshSpec) -> 
     output.check_out(options.out)
     kind = import_module(f"jaxlm.evaluate.{'harness' if options.tasks else 'references'}")
     from jaxlm.checkpoint.opened import open_run
-    from jaxlm.generate import decode
+    from jaxlm.generate.decode import check
 
-    decode.check(config.model)
+    check(config.model)
     run = open_run(folder, config, spec, options.step, output.note)
     output.note(run.describe())
     size = options.data.batch_size or config.data.batch_size

@@ -33,13 +33,14 @@ class Scorer:
         continuation in nats, and whether each of its tokens is the likeliest."""
         length = bucket(max(len(context) + len(continuation) for context, continuation in pairs) - 1)
         batch = {name: np.zeros((self.rows, length), np.int32) for name in ("tokens", "segment_ids", "targets")}
-        batch["positions"] = np.broadcast_to(np.arange(length, dtype=np.int32), (self.rows, length))
         batch["segment_ids"][:, 0] = 1
         for row, (context, continuation) in enumerate(pairs):
             whole = [*context, *continuation]
             batch["tokens"][row, : len(whole) - 1] = whole[:-1]
             batch["targets"][row, : len(whole) - 1] = whole[1:]
             batch["segment_ids"][row, : len(whole) - 1] = 1
+        # Padding stands at 0: a length is rounded up beyond what a table of positions may have.
+        batch["positions"] = np.arange(length, dtype=np.int32) * batch["segment_ids"]
         sharding = self._runtime.layout.sharding(("batch", None))
         found = self._run(params, {name: jax.device_put(a, sharding) for name, a in batch.items()})
         likelihoods_BT, greedy_BT = np.asarray(found[0], np.float64), np.asarray(found[1])

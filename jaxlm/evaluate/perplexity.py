@@ -44,7 +44,7 @@ def measure(
     part: SplitName = "validation" if split == "validation" else "train"
     if split == "validation" and not corpora.documents(part):
         raise UserError("--data.split=validation: a corpus of one document leaves nothing to hold out; use all")
-    corpora = _first(corpora, part, options.documents)
+    corpora = _first(corpora, part, options.documents, masks=config.data.noise > 0)
     loader = Loader(corpora, config.data, part)
     say(f"{split}: {corpora.documents(part):,} documents, {corpora.tokens(part):,} tokens")
     assembly = assemble(config, mesh, tokenizer.vocabulary_size, lambda line: None)
@@ -74,8 +74,9 @@ def _asked(options: Options, config: RunConfig, folder: Path, split: str) -> Run
     data, asked = config.data, options.data
     if asked.path:
         # The vocabulary and the weights are of the corpora that the run was trained on.
-        data = replace(data, path=asked.path, weights=(), tokenizer=str(folder / "tokenizer"))
-        data = replace(data, vocabulary=DataConfig().vocabulary)
+        bring = any(is_token_folder(path) for path in asked.path)  # their own, which `_open` looks at
+        data = replace(data, path=asked.path, weights=(), vocabulary=DataConfig().vocabulary)
+        data = replace(data, tokenizer=DataConfig().tokenizer if bring else str(folder / "tokenizer"))
     given = {name: getattr(asked, name) for name in ("text_key", "sequence_length", "batch_size")}
     data = replace(data, **{name: value for name, value in given.items() if value is not None})
     if split == "all":
@@ -94,8 +95,9 @@ def _asked(options: Options, config: RunConfig, folder: Path, split: str) -> Run
 def _open(options: Options, data: DataConfig, tokenizer: Tokenizer, folder: Path) -> Corpora:
     """The corpora, which the run's tokenizer encoded."""
     own = tokenizer.digest()
-    for path in data.path:
-        if is_token_folder(path) and TokenFolder(path).tokenizer_sha256 != own:
+    for path in filter(is_token_folder, data.path):
+        theirs = TokenFolder(path).tokenizer
+        if (theirs.with_mask() if data.noise else theirs).digest() != own:
             raise UserError(
                 f"{path} was prepared with another tokenizer than that of {folder}; give the text itself, or prepare "
                 f"it again (python -m jaxlm.data prepare --tokenizer={folder / 'tokenizer'})"
@@ -110,7 +112,7 @@ def _open(options: Options, data: DataConfig, tokenizer: Tokenizer, folder: Path
     return corpora
 
 
-def _first(corpora: Corpora, part: SplitName, count: int | None) -> Corpora:
+def _first(corpora: Corpora, part: SplitName, count: int | None, *, masks: bool) -> Corpora:
     """The first `count` documents of the split, in the order of the corpora."""
     if count is None:
         return corpora
@@ -120,4 +122,4 @@ def _first(corpora: Corpora, part: SplitName, count: int | None) -> Corpora:
         taken = Split(own.folder, own.documents[:count])
         count -= len(taken.documents)
         kept.append(replace(corpus, validation=taken) if part == "validation" else replace(corpus, train=taken))
-    return Corpora(kept, corpora.notes)
+    return Corpora(kept, corpora.notes, masks=masks)
