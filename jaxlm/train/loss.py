@@ -177,9 +177,10 @@ def _by_tokens_forward(x_GLSD, head, bias_SW, targets_GL, mask_GL, terms):
 
     (groups, length, shards, embed), local = x_GLSD.shape, _split_shape(head, terms)[1]
     zeros = [(groups,), x_GLSD.shape, (groups, embed, shards, local)]
-    carry = tuple(jnp.zeros(shape, jnp.float32) for shape in zeros)
-    carry += (None if bias_SW is None else jnp.zeros((groups, shards, local), jnp.float32),)
-    loss_G, dx_GLSD, dhead_GDSW, dbias_GSW = _walk(add_block, carry, length, _block(x_GLSD, terms))
+    sums = [jnp.zeros(shape, jnp.float32) for shape in zeros]
+    dbias_GSW = None if bias_SW is None else jnp.zeros((groups, shards, local), jnp.float32)
+    walked = _walk(add_block, (*sums, dbias_GSW), length, _block(x_GLSD, terms))
+    loss_G, dx_GLSD, dhead_GDSW, dbias_GSW = walked
     dbias_SW = None if dbias_GSW is None else dbias_GSW.sum(axis=0)
     return loss_G.sum(), (dx_GLSD, dhead_GDSW.sum(axis=0), dbias_SW, jnp.zeros((), x_GLSD.dtype))
 
