@@ -125,7 +125,7 @@ def test_round_trip(tmp_path):
         ("--seed=1", ["--data.seed", "--train.seed"]),
         ("--data.batchsize=1", ["--data.batch-size"]),
         ("--print-confg", ["--print-config"]),
-        ("--model=gpt2", ["--model is a section", "--model.layers"]),
+        ("--model=gpt2", ["--model is a section", "--model.architecture"]),
         ("--no-run", ["--no-run"]),
         ("--train.steps=ten", ["--train.steps='ten'", "whole number"]),
         ("--train.steps=1e6", ["--train.steps='1e6'", "whole number"]),
