@@ -276,7 +276,8 @@ class Run:
                 self._save(step, state)
             except Differing as bad:
                 raise Preempted(f"{stopped_by}: {bad}, so nothing was saved; the same command continues") from None
-            self.store.wait()
+            with self._one_failed_save(step, last=True):
+                self.store.wait()
             self.events.record("fault", step=step, kind=stopped_by)
             raise Preempted(f"{stopped_by}: saved step {step} to {self.folder}; the same command continues from there")
         # What is saved while numbers are bad would take the place of what the run may have to go back to.
@@ -309,15 +310,15 @@ class Run:
             self.progress.report(step, logged)
 
     @contextmanager
-    def _one_failed_save(self, step: int) -> Iterator[None]:
+    def _one_failed_save(self, step: int, last: bool = False) -> Iterator[None]:
         """One save that fails is said and survived: the next may find room again. Two in a row end the run, before the
-        work that a third would lose."""
+        work that a third would lose, and so does the `last` one."""
         try:
             yield
         except SaveFailed as error:
             self.failed_saves += 1
             self.events.record("fault", step=step, kind="save failed", message=str(error))
-            if self.failed_saves > 1:
+            if last or self.failed_saves > 1:
                 raise
             self.progress.say(f"warning: {error}; training goes on to the next save")
 
@@ -370,7 +371,7 @@ class Run:
             with self.clock.within("eval"):
                 text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
             self.progress.say(f"sample after step {step}:\n{text}\n")
-        with self.clock.within("save"):
+        with self.clock.within("save"), self._one_failed_save(step, last=True):
             self.store.wait()
         self.events.record("end", step=step)
         self._account()
