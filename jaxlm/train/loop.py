@@ -352,7 +352,7 @@ class Run:
                 text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
             self.progress.say(f"sample after step {step}:\n{text}\n")
         with self.clock.within("save"):
-            self.store.wait()
+            self.saver.end(step)
         self.events.record("end", step=step)
         self._account()
         if jax.process_index() == 0:

@@ -58,6 +58,14 @@ class Saver:
             if self._store.wait() is not None:
                 self._failed = 0
 
+    def end(self, step: int) -> None:
+        """Wait for the last save. Raises SaveFailed."""
+        try:
+            self._store.wait()
+        except SaveFailed as error:
+            self._record(step, error)
+            raise
+
     @contextmanager
     def survived(self, step: int) -> Iterator[None]:
         """One save that fails is said and survived: the next may find room again. Two in a row end the run, before the
@@ -69,11 +77,14 @@ class Saver:
 
     def _note(self, step: int, error: SaveFailed) -> None:
         self._failed += 1
-        self._events.record("fault", step=step, kind="save failed", message=str(error))
+        self._record(step, error)
         if self._failed > 1 and not self.waits:
             raise error
         then = "stands still until a save works" if self.waits else "goes on to the next save"
         self._say(f"warning: {error}; training {then}")
+
+    def _record(self, step: int, error: SaveFailed) -> None:
+        self._events.record("fault", step=step, kind="save failed", message=str(error))
 
     def _saved(self, step: int, state: State, meta: Mapping[str, Any]) -> bool:
         try:
@@ -81,6 +92,7 @@ class Saver:
             self._store.wait()
         except SaveFailed as error:
             if not self.waits:
+                self._record(step, error)
                 raise
             self._note(step, error)
             return False

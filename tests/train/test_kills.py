@@ -76,6 +76,15 @@ def test_a_save_that_fails_unseen_takes_no_other_with_it(corpus: Path, tmp_path:
         assert store.steps() == [4], "made although 2 had failed; 6 and 8 are two in a row"
 
 
+def test_a_last_save_that_fails_is_an_event_and_an_error(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(faultpoints.VARIABLE, "before-commit:1:enospc")
+    faultpoints._visits.clear()
+    with pytest.raises(SaveFailed, match="saving checkpoint 2 in"):
+        train(corpus, tmp_path, train__steps=2, checkpoint__every=0, eval__every=0, eval__sample_tokens=0)
+    (fault,) = [event for event in read(tmp_path / "events.jsonl") if event["event"] == "fault"]
+    assert (fault["kind"], fault["step"]) == ("save failed", 2)
+
+
 @pytest.mark.parametrize("text", ["nowhere:1:kill", "step:0:kill", "step:1:explode", "step", "step:1:kill+1e9"])
 def test_an_unknown_fault_is_one_line(text: str) -> None:
     with pytest.raises(UserError, match="not POINT:VISIT:ACTION"):

@@ -1,0 +1,55 @@
+"""The soak of benchmarks/chaos.py: what the page says of the last one, and a short one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = json.loads((ROOT / "benchmarks" / "results" / "chaos.json").read_text())
+
+
+def test_nothing_was_lost() -> None:
+    assert (RESULTS["differences"], RESULTS["wrong"], RESULTS["left_over"]) == ([], [], [])
+    assert RESULTS["logged_steps_compared"] == RESULTS["steps"]
+    assert all(row["lost_steps"] <= RESULTS["save_every_steps"] for row in RESULTS["rows"] if not row["missed_saves"])
+    assert all(fault["times"] for kind, fault in RESULTS["faults"].items() if kind != "save")
+
+
+def test_the_page_says_what_was_measured() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for kind, fault in RESULTS["faults"].items():
+        lost, seconds = RESULTS["lost_steps"].get(kind), RESULTS["seconds_until_steps_again"].get(kind)
+        lost = f"{lost['most']} ({lost['mean']:g})" if lost else ""
+        assert f"| {fault['what']} | {fault['times']} | {lost} | {seconds or ''} |" in page
+    for number, words in {
+        "minutes": "{} minutes with",
+        "steps": "{} steps,",
+        "save_every_steps": "a save every {} ",
+        "starts_of_processes": "{} starts",
+    }.items():
+        assert words.format(f"{RESULTS[number]:,g}") in page, number
+    assert f"{RESULTS['goodput']:.0%}" in page
+    for who in ("supervisor, disturbed", "supervisor, undisturbed"):
+        growth = RESULTS["growth"][who]
+        assert f"{growth['rss_megabytes_an_hour']:g} MB" in page and f"{growth['open_files_an_hour']:g} files" in page
+
+
+@pytest.mark.slow
+def test_a_short_soak(tmp_path: Path) -> None:
+    options = ["--faults=3", "--pause=4", "--every=10", "--seed=3", f"--out={tmp_path / 'chaos.json'}"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/chaos.py", *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "chaos.json").read_text())
+    assert len(found["rows"]) >= 3 and (found["differences"], found["wrong"], found["left_over"]) == ([], [], [])
+    assert found["logged_steps_compared"] == found["steps"] > 0
