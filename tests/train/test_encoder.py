@@ -13,10 +13,14 @@ from tests.train.battery import compare, configuration, measure, on_one_device
 from tests.train.running import losses, train
 
 MESHES = {
-    "fsdp2,tp2": {"context__sequence_parallel": "on", "train__microbatches": 2, "train__loss_chunk": 100},
+    "fsdp2,tp2": {"context__sequence_parallel": "on"},
     "pp2,tp2": {"remat": "full"},
-    "dp2,cp2": {"optimizer__shard": "data"},
 }
+MORE = {
+    "dp2,cp2": {"optimizer__shard": "data"},
+    "fsdp2,tp2": {"context__sequence_parallel": "on", "train__microbatches": 2, "train__loss_chunk": 100},
+}
+"""Meshes of the slow suite."""
 KEYS = {
     "model__architecture": "encoder",
     "model__norm_placement": "sum",
@@ -34,6 +38,12 @@ KEYS = {
 def test_mesh_equals_one_device(mesh: str) -> None:
     config = configuration("bert", **MESHES[mesh])
     compare(measure(config, mesh), on_one_device(configuration("bert"))).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MORE)
+def test_more_meshes_equal_one_device(mesh: str) -> None:
+    compare(measure(configuration("bert", **MORE[mesh]), mesh), on_one_device(configuration("bert"))).check()
 
 
 @pytest.fixture(scope="module")
