@@ -1,5 +1,6 @@
 """Real kills of real processes: what is left goes on as if nothing had happened. `make kills` is this, many times."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from jaxlm.config.errors import UserError
 from jaxlm.config.faultpoints import POINTS
 from jaxlm.metrics.jsonl import read
 from tests.train.kills import campaign, differences, finish, start, write_corpus
-from tests.train.running import losses, train
+from tests.train.running import ROOT, losses, train
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,15 @@ def test_one_run_killed_at_every_point(folder: Path) -> None:
         assert code == -signal.SIGKILL, (point, output)
     finish(folder, run)
     assert differences(folder / "whole", run) == []
+
+
+def test_the_page_says_what_the_campaign_found() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "kills.json").read_text())["points"]
+    assert [row["point"] for row in rows] == list(POINTS)
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert row["kills"] >= 50 and row["differences"] == []
+        assert f"| `{row['point']}` | {POINTS[row['point']]} | {row['kills']} | {row['runs']} | 0 |" in page
 
 
 @pytest.mark.slow
