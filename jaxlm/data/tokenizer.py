@@ -145,11 +145,12 @@ def _in_word(character: str) -> bool:
 class Bytes(Tokenizer):
     """UTF-8 bytes, 256 for the end of a document, and with a mask 257 for a hidden byte."""
 
+    vocabulary_size = 257
     eos_id = 256
 
     def __init__(self, mask: bool = False):
-        self.mask_id = 257 if mask else None
-        self.vocabulary_size = 258 if mask else 257
+        if mask:
+            self.vocabulary_size, self.mask_id = 258, 257
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]

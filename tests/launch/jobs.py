@@ -39,7 +39,7 @@ class Launched:
             text=True,
         )
 
-    def end(self, timeout: float = 60) -> tuple[int, str, str]:
+    def end(self, timeout: float = 240) -> tuple[int, str, str]:
         """Exit code, stdout and stderr, once it has ended."""
         try:
             out, error = self.process.communicate(timeout=timeout)
