@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from jaxlm.checkpoint.store import SaveFailed, Store
@@ -25,6 +25,8 @@ class Saver:
     def __init__(self, store: Store, replicas: Replicas, events: Events, say: Callable[[str], None], waits: bool):
         self._store, self._replicas, self._events, self._say, self.waits = store, replicas, events, say, waits
         self._failed = 0
+        """Saves in a row."""
+        self._seen: SaveFailed | None = None
 
     @property
     def must(self) -> bool:
@@ -42,6 +44,8 @@ class Saver:
 
     def whole(self, step: int, state: State, meta: Mapping[str, Any]) -> None:
         """Save, and return once it is on disk; if it waits, however many tries that takes. Raises as `begin`."""
+        with suppress(SaveFailed):  # saves before it, however many, must not take this one with them
+            self.settle(step)
         while not self._saved(step, state, meta):
             time.sleep(RETRY_SECONDS)
             heartbeat.phase("save", step)
@@ -63,7 +67,7 @@ class Saver:
         try:
             self._store.wait()
         except SaveFailed as error:
-            self._record(step, error)
+            self._see(step, error)
             raise
 
     @contextmanager
@@ -73,28 +77,27 @@ class Saver:
         try:
             yield
         except SaveFailed as error:
-            self._note(step, error)
+            self._see(step, error)
+            if self._failed > 1 and not self.waits:
+                raise
+            then = "stands still until a save works" if self.waits else "goes on to the next save"
+            self._say(f"warning: {error}; training {then}")
 
-    def _note(self, step: int, error: SaveFailed) -> None:
-        self._failed += 1
-        self._record(step, error)
-        if self._failed > 1 and not self.waits:
-            raise error
-        then = "stands still until a save works" if self.waits else "goes on to the next save"
-        self._say(f"warning: {error}; training {then}")
-
-    def _record(self, step: int, error: SaveFailed) -> None:
-        self._events.record("fault", step=step, kind="save failed", message=str(error))
+    def _see(self, step: int, error: SaveFailed) -> None:
+        """Count and record a failure, on its way to whom it concerns, once."""
+        if error is not self._seen:
+            self._seen, self._failed = error, self._failed + 1
+            self._events.record("fault", step=step, kind="save failed", message=str(error))
 
     def _saved(self, step: int, state: State, meta: Mapping[str, Any]) -> bool:
         try:
             self.begin(step, state, meta)
             self._store.wait()
         except SaveFailed as error:
+            self._see(step, error)
             if not self.waits:
-                self._record(step, error)
                 raise
-            self._note(step, error)
+            self._say(f"warning: {error}; trying again in {RETRY_SECONDS:g} seconds")
             return False
         self._failed = 0
         return True
