@@ -28,7 +28,7 @@ def two_ranks(script: str, *arguments: str) -> list[str]:
         for rank in (0, 1)
     ]
     try:
-        outputs = [rank.communicate(timeout=120) for rank in ranks]
+        outputs = [rank.communicate(timeout=400) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

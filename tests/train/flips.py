@@ -254,9 +254,10 @@ def compile_(assembly: Assembly) -> Callable[..., Any]:
 
     def step(state: Any, batch: Any, flip: Flip) -> tuple[Any, Any]:
         def sum_flipped(compute: Callable[..., Any], *arrays: Any, **others: Any) -> Any:
-            def flipping(*arrays: Any, reduce: Any, flip: Flip, **others: Any) -> Any:
-                axes = local.axes(assembly.runtime.layout)
-                return compute(*arrays, reduce=lambda grads: reduce(_flip(grads, flip, 1, axes)), **others)
+            def flipping(*arrays: Any, cut: local.Cut, flip: Flip, **others: Any) -> Any:
+                axes = tuple(axis for axis in mesh.axis_names if axis not in cut.automatic)
+                flipped = cut._replace(reduce=lambda grads: cut.reduce(_flip(grads, flip, 1, axes)))
+                return compute(*arrays, cut=flipped, **others)
 
             return summed(flipping, *arrays, flip=flip, **others)
 
