@@ -24,21 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import report
-from supervised import Job, growth, running, wait, watched, write_corpus
+from supervised import Job, growth, running, wait, watched
+from undisturbed import differences, write_corpus
 
 from jaxlm.checkpoint import manifest
 from jaxlm.checkpoint.provenance import git_revision
-from jaxlm.checkpoint.store import Store
 from jaxlm.config.cli import run
 from jaxlm.config.load import load
 from jaxlm.metrics import goodput
 from jaxlm.metrics.jsonl import read
 
-ROOT = Path(__file__).parents[1]
-TIMED = ("step_seconds", "data_wait_seconds", "tokens_per_second", "tflops_per_device", "mfu")
+DOCUMENTS = 200
 
 AT_RANKS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 AT_JOB = {"term": signal.SIGTERM, "crash": signal.SIGKILL, "flip": signal.SIGKILL, "cut": signal.SIGTERM}
@@ -238,7 +236,7 @@ def main(argv: list[str]) -> int:
     figures: dict[str, Any] = {"git_revision": git_revision(), "seed": options.seed, "minutes": options.minutes}
     with tempfile.TemporaryDirectory(prefix="jaxlm-chaos-") as name:
         folder = Path(name)
-        write_corpus(folder / "corpus")
+        write_corpus(folder / "corpus", DOCUMENTS)
         keys = {"mesh": options.mesh, "checkpoint.every": options.every, "eval.every": 10 * options.every}
         keys |= {"train.steps": 10**7}  # more than there is time for
         job = Job(folder, folder / "disturbed", {"processes": options.processes}, keys)
@@ -295,7 +293,7 @@ def outcome(chaos: Chaos, whole: Job, last: int) -> dict[str, Any]:
         },
         "left_over": leftovers(job, last),
         "logged_steps_compared": len(read(whole.run / "metrics.jsonl")),
-        "differences": differences(whole.run, job.run, last),
+        "differences": differences(whole.run, job.run, last)[:50],
         "wrong": chaos.wrong,
         "rows": rows,
     }
@@ -307,26 +305,6 @@ def leftovers(job: Job, last: int) -> list[str]:
     found = [f"process {pid}" for event in job.attempts("start") for pid in event["pids"].values() if running(pid)]
     found += [f"incomplete save {step}" for step in manifest.incomplete(folder)]
     return found + [str(path.relative_to(folder)) for path in folder.rglob("*orbax-checkpoint-tmp*")]
-
-
-def differences(whole: Path, other: Path, last: int) -> list[str]:
-    """What is not bit for bit as in the undisturbed run: logged and held-out numbers, sample, position, arrays."""
-    found = []
-    for name in ("metrics.jsonl", "eval.jsonl"):
-        sides = [{line["step"]: {k: v for k, v in line.items() if k not in TIMED} for line in read(at / name)}
-                 for at in (whole, other)]  # fmt: skip
-        found += [f"{name} step {n}" for n in sorted(sides[0].keys() | sides[1].keys())
-                  if sides[0].get(n) != sides[1].get(n)]  # fmt: skip
-    samples = [(at / "samples.txt").read_text().strip().splitlines()[-1] for at in (whole, other)]
-    states = []
-    for at in (whole, other):
-        with Store(at / "checkpoints") as store:
-            leaves = manifest.read_meta(at / "checkpoints", last)["leaves"]
-            wanted = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()}
-            arrays = {name: np.asarray(leaf).tobytes() for name, leaf in store.restore(last, wanted).items()}
-            states.append(arrays | {"position": store.meta(last)["position"]})
-    found += [name for name in states[0] if states[0][name] != states[1].get(name)]
-    return (found + ["samples.txt"] * (samples[0] != samples[1]))[:50]
 
 
 if __name__ == "__main__":

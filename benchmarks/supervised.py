@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -186,12 +185,3 @@ def wait(condition: Callable[[], object], seconds: float, what: str) -> None:
         if time.monotonic() > deadline:
             raise CommandError(f"{what} within {seconds:g} s")
         time.sleep(0.2)
-
-
-def write_corpus(folder: Path) -> None:
-    """Two hundred small documents."""
-    folder.mkdir()
-    source = random.Random(0)
-    for number in range(200):
-        text = " ".join(source.choice(["alpha(1)", "beta(2)", "gamma(3)", "delta(4)"]) for _ in range(200))
-        (folder / f"{number}.txt").write_text(text)

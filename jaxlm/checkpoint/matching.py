@@ -77,7 +77,7 @@ class Match(NamedTuple):
             rows = np.concatenate([rows, np.zeros((piece.padding, *rows.shape[1:]), rows.dtype)])
         if self.row.turned:
             return [rows.T.reshape(shape)]
-        rows = np.roll(rows, -self.row.first, axis=0)
+        rows = np.roll(rows, -self.row.first, axis=0) if self.row.first else rows
         return [part.reshape(shape) for part in np.split(rows, len(self.row.ours), axis=-1)]
 
     def to_theirs(self, parts: list[np.ndarray], piece: Piece) -> np.ndarray:
@@ -86,7 +86,8 @@ class Match(NamedTuple):
             rows = parts[0].reshape(math.prod(self.own[: self.row.inputs]), -1).T
         else:
             flat = (-1,) if len(self.shape) == 1 else (piece.last - piece.first + piece.padding, -1)
-            rows = np.roll(np.concatenate([part.reshape(flat) for part in parts], axis=-1), self.row.first, axis=0)
+            rows = np.concatenate([part.reshape(flat) for part in parts], axis=-1)
+            rows = np.roll(rows, self.row.first, axis=0) if self.row.first else rows
         return rows[: piece.last - piece.first]
 
 

@@ -12,11 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config.errors import UserError
+from jaxlm.generate.decode import bucket
 from jaxlm.models.build import Model, Params
 from jaxlm.models.runtime import Runtime
-
-SHORTEST = 16
-"""Lengths are rounded up to powers of two from here on: few programs compile."""
 
 
 def embed(
@@ -45,7 +43,7 @@ def embed(
     made = [np.zeros((0, model.config.embed), np.float32)]
     for first in range(0, len(texts), batch_size):
         part = texts[first : first + batch_size]
-        length = max(SHORTEST, 1 << (max(map(len, part)) - 1).bit_length())
+        length = bucket(max(map(len, part)))
         if model.config.positions == "learned":
             length = min(length, model.config.max_positions)
         tokens_BT, lengths_B = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)

@@ -9,9 +9,8 @@ import numpy as np
 
 from jaxlm.checkpoint.store import Store
 from jaxlm.config.errors import CommandError, UserError
-from jaxlm.config.load import load
+from jaxlm.config.load import read_run
 from jaxlm.config.mesh_spec import parse
-from jaxlm.config.schema import RunConfig
 from jaxlm.data.corpus import open_corpora
 from jaxlm.data.loader import Loader, batch_at
 from jaxlm.metrics.jsonl import read
@@ -45,9 +44,7 @@ def replay(options: Replay) -> None:
         UserError: there is nothing of that step to compare with. Different: something is not bit for bit the same.
     """
     folder = Path(options.run).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"--run={options.run} holds no run (no config.yaml)")
-    config, _ = load(RunConfig, [f"--config={folder / 'config.yaml'}", f"--run={folder}"])
+    config = read_run(folder)
     logged = {line["step"]: line for line in read(folder / "metrics.jsonl")}
     last = options.step or max(logged, default=0)
     mesh, _ = meshes.build(parse(config.mesh), simulate=config.simulate, distributed=config.distributed, announce=print)

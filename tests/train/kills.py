@@ -24,22 +24,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from jaxlm.checkpoint import manifest
+from benchmarks.undisturbed import differences, write_corpus
 from jaxlm.checkpoint.provenance import git_revision
-from jaxlm.checkpoint.store import Store
 from jaxlm.config.cli import run
 from jaxlm.config.errors import CommandError, UserError
 from jaxlm.config.faultpoints import POINTS, VARIABLE
 from jaxlm.config.files import write_atomically
 from jaxlm.config.load import load
-from jaxlm.metrics.jsonl import read
 
 ROOT = Path(__file__).parents[2]
 
-STEPS, EVERY = 40, 2
+STEPS, EVERY, DOCUMENTS = 40, 2, 60
 
 VISITS = {"step": 6, "tokenization": 8}
 """Point -> the latest visit at which a process is killed there."""
@@ -51,8 +46,6 @@ DELAYS = {"step": 0.03, "array-write": 0.06, "data-state": 0.01, "before-commit"
 
 STRATA = 5
 """Parts into which that time is cut; kills fall into each in turn."""
-
-TIMED = ("step_seconds", "data_wait_seconds", "tokens_per_second", "tflops_per_device", "mfu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +75,7 @@ def main(argv: list[str]) -> int:
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="jaxlm-kills-") as name, ThreadPoolExecutor(options.jobs) as pool:
         folder = Path(name)
-        write_corpus(folder / "corpus")
+        write_corpus(folder / "corpus", DOCUMENTS)
         whole = folder / "whole"
         finish(folder, whole)
         work = {pool.submit(campaign, folder, whole, point, options.kills, options.seed) for point in options.points}
@@ -110,7 +103,7 @@ def campaign(folder: Path, whole: Path, point: str, kills: int, seed: int) -> di
         chosen = draw(point, random.Random(f"{seed} {point} {number}"))
         run_folder = folder / f"{point}-{number}"
         falls += chain(folder, run_folder, chosen, left)
-        different += [f"{run_folder.name}: {what}" for what in differences(whole, run_folder)]
+        different += [f"{run_folder.name}: {what}" for what in differences(whole, run_folder, STEPS)]
         shutil.rmtree(run_folder)
         shutil.rmtree(cache(folder, run_folder), ignore_errors=True)
     return {
@@ -196,63 +189,10 @@ def cache(folder: Path, run_folder: Path) -> Path:
     return folder / (f"cache-{run_folder.name}" if run_folder.name.startswith("tokenization") else "cache")
 
 
-def differences(whole: Path, other: Path) -> list[str]:
-    """What is not bit for bit as in the undisturbed run."""
-    found = [
-        f"{name} step {a['step']}"
-        for name in ("metrics.jsonl", "eval.jsonl")
-        for a, b in paired(whole, other, name)
-        if a != b
-    ]
-    if last_line(whole / "samples.txt") != last_line(other / "samples.txt"):
-        found.append("samples.txt")
-    return found + checkpoint_differences(whole, other)
-
-
-def paired(whole: Path, other: Path, name: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    sides = [[{k: v for k, v in line.items() if k not in TIMED} for line in read(run / name)] for run in (whole, other)]
-    if [line["step"] for line in sides[0]] != [line["step"] for line in sides[1]]:
-        yield {"step": "all"}, {}
-        return
-    yield from zip(*sides, strict=True)
-
-
-def last_line(path: Path) -> str:
-    return path.read_text().strip().splitlines()[-1]
-
-
-def checkpoint_differences(whole: Path, other: Path) -> list[str]:
-    """Of the last checkpoints: positions and arrays."""
-    arrays, places = [], []
-    for run_folder in (whole, other):
-        checkpoints = run_folder / "checkpoints"
-        with Store(checkpoints) as store:
-            meta, leaves = store.meta(STEPS), manifest.read_meta(checkpoints, STEPS)["leaves"]
-            wanted = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()}
-            arrays.append(store.restore(STEPS, wanted))
-        places.append((meta["position"], meta["seen_tokens"], sorted(wanted)))
-    if places[0] != places[1]:
-        return ["position or leaves"]
-    return [name for name, array in arrays[0].items() if bits(array) != bits(arrays[1][name])]
-
-
-def bits(array: jax.Array) -> bytes:
-    return np.asarray(array).tobytes()
-
-
 def last_step(run_folder: Path) -> int | None:
     """The newest committed step."""
     found = [int(path.parent.name) for path in (run_folder / "checkpoints").glob("*/manifest.json")]
     return max(found, default=None)
-
-
-def write_corpus(folder: Path) -> None:
-    """Sixty small documents."""
-    folder.mkdir()
-    source = random.Random(0)
-    for number in range(60):
-        text = " ".join(source.choice(["alpha(1)", "beta(2)", "gamma(3)", "delta(4)"]) for _ in range(60))
-        (folder / f"{number}.txt").write_text(text)
 
 
 if __name__ == "__main__":

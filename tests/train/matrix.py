@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         if options.out:
             write(Path(options.out), results)
     if options.page:
-        write_atomically(Path(options.page), page(list(results.values())))
+        write_atomically(Path(options.page), page(ordered(results)))
     good = sum(sound(results[row]) for row in wanted)
     print(f"{good} of {len(wanted)} rows equal one device")
     return 0 if good == len(wanted) else 1
@@ -82,9 +82,13 @@ def read(path: Path) -> dict[Row, Result]:
 
 
 def write(path: Path, results: dict[Row, Result]) -> None:
-    """A row a line, in the order of ROWS."""
-    lines = [json.dumps(results[row]) for row in ROWS if row in results]
-    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
+    """A row a line."""
+    write_atomically(path, "[\n" + ",\n".join(map(json.dumps, ordered(results))) + "\n]\n")
+
+
+def ordered(results: dict[Row, Result]) -> list[Result]:
+    """The results in the order of ROWS."""
+    return [results[row] for row in ROWS if row in results]
 
 
 def sound(result: Result | None) -> bool:
@@ -104,7 +108,7 @@ def describe(row: Row, result: Result) -> str:
 def measured(rows: Sequence[Row], jobs: int, make: Callable[[], "Worker"]) -> Iterator[tuple[Row, Result]]:
     """The rows with their results, as they come from `jobs` workers that `make` makes."""
     # Rows of one decoder come one after the other: a worker measures one device once for them all.
-    ordered = sorted(rows, key=lambda row: (row.style, row.keys.get("model__layers", 0)))
+    by_decoder = sorted(rows, key=lambda row: (row.style, row.keys.get("model__layers", 0)))
     workers = [make() for _ in range(min(jobs, len(rows)))]
     free: SimpleQueue[Worker] = SimpleQueue()
     for worker in workers:
@@ -119,7 +123,7 @@ def measured(rows: Sequence[Row], jobs: int, make: Callable[[], "Worker"]) -> It
 
     try:
         with ThreadPoolExecutor(max(len(workers), 1)) as pool:
-            for future in as_completed([pool.submit(one, row) for row in ordered]):
+            for future in as_completed([pool.submit(one, row) for row in by_decoder]):
                 yield future.result()
     finally:
         for worker in workers:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.undisturbed import differences, write_corpus
 from jaxlm.checkpoint.store import SaveFailed, Store
 from jaxlm.config import faultpoints
 from jaxlm.config.errors import UserError
 from jaxlm.config.faultpoints import POINTS
 from jaxlm.metrics.jsonl import read
-from tests.train.kills import campaign, differences, finish, start, write_corpus
+from tests.train.kills import DOCUMENTS, STEPS, campaign, finish, start
 from tests.train.running import ROOT, losses, train
 
 
@@ -19,7 +20,7 @@ from tests.train.running import ROOT, losses, train
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, and the run that nobody disturbs."""
     made = tmp_path_factory.mktemp("kills")
-    write_corpus(made / "corpus")
+    write_corpus(made / "corpus", DOCUMENTS)
     finish(made, made / "whole")
     return made
 
@@ -30,7 +31,7 @@ def test_one_run_killed_at_every_point(folder: Path) -> None:
         code, output = start(folder, run, f"{point}:{1 if point == 'tokenization' else 2}:kill")
         assert code == -signal.SIGKILL, (point, output)
     finish(folder, run)
-    assert differences(folder / "whole", run) == []
+    assert differences(folder / "whole", run, STEPS) == []
 
 
 def test_the_page_says_what_the_campaign_found() -> None:

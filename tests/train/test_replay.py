@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_found(whole: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="no run there"):
         replay(Replay(run=str(tmp_path)))
     with pytest.raises(UserError, match="nothing of it was logged or saved"):
         replay(Replay(run=str(whole), step=9))
