@@ -37,6 +37,8 @@ from jaxlm.metrics import goodput
 from jaxlm.metrics.jsonl import read
 
 DOCUMENTS = 200
+WARM_SECONDS = 180
+"""Until a rank has compiled, evaluated and saved a few times, and grows no more by that."""
 
 AT_RANKS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 AT_JOB = {"term": signal.SIGTERM, "crash": signal.SIGKILL, "flip": signal.SIGKILL, "cut": signal.SIGTERM}
@@ -63,6 +65,8 @@ class Options:
     """JSON file to write the figures to."""
     minutes: float = 30.0
     """How long faults are made; the undisturbed run takes as long again, without its interruptions."""
+    endurance: float = 10.0
+    """Minutes of one more undisturbed run, of which the growth of the ranks is told; 0 for none."""
     faults: int = 10**6
     """End sooner, after so many faults at processes."""
     processes: int = 2
@@ -251,7 +255,15 @@ def main(argv: list[str]) -> int:
                 other.start()
                 if code := other.end():
                     chaos._wrong(f"{other.run.name} ended with {code}")
-        figures |= outcome(chaos, whole, last)
+        long = Job(folder, folder / "endurance", job.own, keys)
+        if options.endurance:
+            with watched(long):
+                long.start()
+                long.stepping(0)
+                time.sleep(60 * options.endurance)
+                if (code := long.end(signal.SIGTERM)) != 75:
+                    chaos._wrong(f"{long.run.name} ended with {code}")
+        figures |= outcome(chaos, whole, long, last)
         if figures["wrong"] or figures["differences"]:
             print((folder / "disturbed.log").read_text()[-4000:])
     for key, value in figures.items():
@@ -260,7 +272,7 @@ def main(argv: list[str]) -> int:
     return int(bool(figures["wrong"] or figures["differences"]))
 
 
-def outcome(chaos: Chaos, whole: Job, last: int) -> dict[str, Any]:
+def outcome(chaos: Chaos, whole: Job, long: Job, last: int) -> dict[str, Any]:
     """What the run has been through, and what is left of it."""
     job, rows = chaos.job, chaos.rows
     failed = [event for event in job.events("fault") if event["kind"] == "save failed"]
@@ -288,9 +300,10 @@ def outcome(chaos: Chaos, whole: Job, last: int) -> dict[str, Any]:
         "seconds": {name: round(seconds, 1) for name, seconds in spent.items()},
         "growth": {
             "supervisor, disturbed": growth(job.samples, "supervisor"),
-            "supervisor, undisturbed": growth(whole.samples, "supervisor"),
-            "rank, undisturbed": growth(whole.samples, "rank"),
+            "supervisor, undisturbed": growth(long.samples, "supervisor"),
+            "rank, undisturbed": growth(long.samples, "rank", skip_seconds=WARM_SECONDS),
         },
+        "endurance": {"minutes": chaos.options.endurance, "steps": long.logged(), "saves": len(long.events("save"))},
         "left_over": leftovers(job, last),
         "logged_steps_compared": len(read(whole.run / "metrics.jsonl")),
         "differences": differences(whole.run, job.run, last)[:50],
