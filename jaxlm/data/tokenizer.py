@@ -6,6 +6,7 @@ the end-of-document id stands nowhere but at ends of documents.
 
 import base64
 import binascii
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,10 @@ ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 MASK = "<|mask|>"
 MASKS = (MASK, "[MASK]", "<mask>")
 """Names by which it may call what stands in the place of a hidden token."""
+SENTINEL, THEIR_SENTINEL = "<|span_{}|>", "<extra_id_{}>"
+"""Names of what stands in the places of hidden spans, by number: those added here, and T5's."""
+START = "<pad>"
+"""Name of what the input of T5's decoder begins with."""
 MAX_FILE_BYTES = 256 * 2**20
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -52,15 +57,33 @@ def _is_byte(token: str) -> bool:
     return token.startswith("<0x") and len(token) == 6
 
 
+def _behind(own: int, mask: bool, sentinels: int) -> tuple[int | None, tuple[int, ...]]:
+    """Ids of the mask and the sentinels of a tokenizer that has `own` other ids."""
+    return own if mask else None, tuple(range(own + mask, own + mask + sentinels))
+
+
+def _added(tokenizer: Tokenizer) -> dict[str, object]:
+    """What `files` says of the ids that stand behind a tokenizer's own."""
+    mask = {} if tokenizer.mask_id is None else {"mask": True}
+    return mask | ({"sentinels": len(tokenizer.sentinel_ids)} if tokenizer.sentinel_ids else {})
+
+
+def _numbered(vocabulary: Mapping[str, int], name: str) -> tuple[int, ...]:
+    """Ids of the tokens that are called `name` with 0, 1, … in it, as far as there are such."""
+    names = itertools.takewhile(vocabulary.__contains__, map(name.format, itertools.count()))
+    return tuple(vocabulary[each] for each in names)
+
+
 class Bytes(Tokenizer):
-    """UTF-8 bytes, 256 for the end of a document, and with a mask 257 for a hidden byte."""
+    """UTF-8 bytes, 256 for the end of a document, and, where asked for, the mask for a hidden byte and sentinels for
+    hidden spans."""
 
     vocabulary_size = 257
     eos_id = 256
 
-    def __init__(self, mask: bool = False):
-        if mask:
-            self.vocabulary_size, self.mask_id = 258, 257
+    def __init__(self, mask: bool = False, sentinels: int = 0):
+        self.mask_id, self.sentinel_ids = _behind(self.vocabulary_size, mask, sentinels)
+        self.vocabulary_size += mask + sentinels
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
@@ -76,10 +99,13 @@ class Bytes(Tokenizer):
         return [bytes([i]).decode(errors="replace") for i in range(256)] + special
 
     def with_mask(self) -> Tokenizer:
-        return Bytes(mask=True)
+        return Bytes(True, len(self.sentinel_ids))
+
+    def with_sentinels(self, count: int) -> Tokenizer:
+        return Bytes(self.mask_id is not None, max(count, len(self.sentinel_ids)))
 
     def files(self) -> dict[str, bytes]:
-        return {INFO: _json({"kind": "bytes"} | ({} if self.mask_id is None else {"mask": True}))}
+        return {INFO: _json({"kind": "bytes"} | _added(self))}
 
 
 class HuggingFace(Tokenizer):
@@ -96,12 +122,13 @@ class HuggingFace(Tokenizer):
             raise UserError(f"tokenizer.json has no token {eos!r}, named as its end of a document")
         self.eos_id = vocabulary[eos]
         self.mask_id = next((vocabulary[name] for name in MASKS if name in vocabulary), None)
+        self.sentinel_ids = _numbered(vocabulary, THEIR_SENTINEL) or _numbered(vocabulary, SENTINEL)
         # WordPiece (BERT) marks tokens that go on with a word; all others begin one.
         self._continuing: str | None = getattr(tokenizer.model, "continuing_subword_prefix", None) or None
         self.vocabulary_size = max(vocabulary.values()) + 1
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._reader.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_marked(self, text: str) -> list[int]:
         self._tokenizer.encode_special_tokens = False
@@ -114,13 +141,18 @@ class HuggingFace(Tokenizer):
         return self._tokenizer.token_to_id(token)
 
     @property
+    def start_id(self) -> int:
+        pad = self.id_of(START)
+        return self.eos_id if pad is None else pad
+
+    @property
     def prefix(self) -> tuple[int, ...]:
         encoded = self._tokenizer.encode("a", add_special_tokens=True)
         special = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
         return tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], special))
 
     def encode_framed(self, texts: Sequence[str]) -> Sequence[Ids]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=True)]
+        return [e.ids for e in self._reader.encode_batch_fast(list(texts), add_special_tokens=True)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=True)
@@ -151,6 +183,23 @@ class HuggingFace(Tokenizer):
             before[i] = token.startswith(self._continuing)
         return before, self.byte_lengths() > 0
 
+    @functools.cached_property
+    def _reader(self) -> tokenizers.Tokenizer:
+        """What reads documents: a Unigram (T5) has special tokens among the pieces that it looks for in any text."""
+        if not isinstance(self._tokenizer.model, tokenizers.models.Unigram):
+            return self._tokenizer
+        content = json.loads(self._tokenizer.to_str())
+        pieces, added = content["model"]["vocab"], content["added_tokens"]
+        special = {token["content"] for token in added if token["special"]} & {piece for piece, _ in pieces}
+        content["added_tokens"] = [token for token in added if token["content"] not in special]
+        # Each keeps its place, for ids are places, and gets a name that is not in any text.
+        content["model"]["vocab"] = [
+            [f"\uffff{i}\uffff" if piece in special else piece, score] for i, (piece, score) in enumerate(pieces)
+        ]
+        reader = tokenizers.Tokenizer.from_str(json.dumps(content))
+        reader.encode_special_tokens = True
+        return reader
+
     @property
     def _byte_level(self) -> bool:
         return '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
@@ -166,6 +215,19 @@ class HuggingFace(Tokenizer):
         other.add_special_tokens([MASK])
         return HuggingFace(other, self._eos)
 
+    def with_sentinels(self, count: int) -> Tokenizer:
+        own = len(self.sentinel_ids)
+        if count <= own:
+            return self
+        if self.id_of(THEIR_SENTINEL.format(0)) is not None:
+            raise UserError(
+                f"the tokenizer has {own} ids for hidden spans ({THEIR_SENTINEL.format(own - 1)} is the last), and a "
+                f"row may hide {count}; use a --data.sequence-length of at most {100 * own // count}% of this one"
+            )
+        other = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        other.add_special_tokens([SENTINEL.format(i) for i in range(own, count)])
+        return HuggingFace(other, self._eos)
+
     def files(self) -> dict[str, bytes]:
         info = {"kind": "huggingface", "eos": self._eos}
         return {INFO: _json(info), "tokenizer.json": self._tokenizer.to_str().encode()}
@@ -174,7 +236,7 @@ class HuggingFace(Tokenizer):
 class Tiktoken(Tokenizer):
     """A tiktoken rank file: a line for each token, base64 of its bytes and its rank."""
 
-    def __init__(self, content: bytes, name: str, mask: bool = False):
+    def __init__(self, content: bytes, name: str, mask: bool = False, sentinels: int = 0):
         try:
             import tiktoken
         except ImportError:
@@ -192,8 +254,9 @@ class Tiktoken(Tokenizer):
         taken = set(ranks.values())
         free = next(i for i in range(len(ranks) + 1) if i not in taken)
         pattern, self.eos_id = TIKTOKEN.get(len(ranks), (CL100K_PATTERN, free))
-        self.vocabulary_size = max(*taken, self.eos_id) + 1 + mask
-        self.mask_id = self.vocabulary_size - 1 if mask else None
+        own = max(*taken, self.eos_id) + 1
+        self.mask_id, self.sentinel_ids = _behind(own, mask, sentinels)
+        self.vocabulary_size = own + mask + sentinels
         self._name = name
         self._bytes = {rank: token for token, rank in ranks.items()}
         self._encoding = tiktoken.Encoding(
@@ -213,11 +276,14 @@ class Tiktoken(Tokenizer):
         return [self._bytes.get(i, b"").decode(errors="replace") for i in range(self.vocabulary_size)]
 
     def with_mask(self) -> Tokenizer:
-        return Tiktoken(self._content, self._name, mask=True)
+        return Tiktoken(self._content, self._name, True, len(self.sentinel_ids))
+
+    def with_sentinels(self, count: int) -> Tokenizer:
+        sentinels = max(count, len(self.sentinel_ids))
+        return Tiktoken(self._content, self._name, self.mask_id is not None, sentinels)
 
     def files(self) -> dict[str, bytes]:
-        info = {"kind": "tiktoken"} | ({} if self.mask_id is None else {"mask": True})
-        return {INFO: _json(info), "tokenizer.tiktoken": self._content}
+        return {INFO: _json({"kind": "tiktoken"} | _added(self)), "tokenizer.tiktoken": self._content}
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -259,14 +325,16 @@ def load(path: str | Path) -> Tokenizer:
 
 def _load_saved(folder: Path) -> Tokenizer:
     info = _parse(folder / INFO, _read(folder / INFO))
-    kind = info.get("kind")
+    kind, mask, sentinels = info.get("kind"), info.get("mask") is True, info.get("sentinels", 0)
+    if not isinstance(sentinels, int):
+        raise UserError(f"{folder / INFO} is damaged: its sentinels are no number; prepare the corpus again")
     if kind == "bytes":
-        return Bytes(mask=info.get("mask") is True)
+        return Bytes(mask, sentinels)
     if kind == "huggingface" and isinstance(info.get("eos"), str):
         return _hugging_face(folder / "tokenizer.json", _read(folder / "tokenizer.json"), eos=info["eos"])
     if kind == "tiktoken":
         content = _read(folder / "tokenizer.tiktoken")
-        return Tiktoken(content, "tokenizer.tiktoken", mask=info.get("mask") is True)
+        return Tiktoken(content, "tokenizer.tiktoken", mask, sentinels)
     raise UserError(f"{folder / INFO} describes no tokenizer this version knows; prepare the corpus again")
 
 

@@ -20,6 +20,8 @@ class Tokenizer(ABC):
     """Ends a document."""
     mask_id: int | None = None
     """Stands in the place of a hidden token."""
+    sentinel_ids: tuple[int, ...] = ()
+    """Stand in the places of hidden spans, the first of them for the first span."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Ids]:
@@ -41,6 +43,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def with_mask(self) -> "Tokenizer":
         """This tokenizer, with one id more for hidden tokens where it has none."""
+
+    @abstractmethod
+    def with_sentinels(self, count: int) -> "Tokenizer":
+        """This tokenizer, with ids more for hidden spans where it has fewer than `count`.
+
+        Raises:
+            UserError: it has some of its makers' own, and fewer: a model that learned them knows no others.
+        """
 
     def joints(self) -> tuple[np.ndarray, np.ndarray]:
         """bool [V] twice: whether a word may go on from before an id into it, and from it into what follows.
@@ -73,6 +83,11 @@ class Tokenizer(ABC):
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name, if there is such a token."""
         return None
+
+    @property
+    def start_id(self) -> int:
+        """What the input of a decoder behind an encoder begins with."""
+        return self.eos_id
 
     @property
     def prefix(self) -> tuple[int, ...]:
