@@ -6,6 +6,8 @@ from typing import Literal
 Dtype = Literal["float32", "bfloat16", "float16"]
 AttentionBackend = Literal["auto", "reference", "xla", "cudnn", "splash"]
 RematPolicy = Literal["none", "full", "dots", "selective", "offload"]
+Objective = Literal["next", "mask", "spans"]
+"""What a model predicts: the next token, the tokens that were hidden (BERT), or the spans that were (T5)."""
 
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, so that it divides over `tp` and fills the matrix units."""
@@ -147,8 +149,8 @@ class DataConfig:
     packing: Literal["concat", "fit"] = "concat"
     """concat cuts the stream of documents at sequence ends; fit never cuts a document that fits, and pads."""
     noise: float = 0.0
-    """Share of the words that are hidden, to be predicted from the rest (masked language modelling, for encoders; BERT
-    0.15); 0 hides none, and each token predicts the next."""
+    """Share of the text that is hidden, to be predicted from the rest: words (masked language modelling, for encoders;
+    BERT 0.15) or spans (for encoder-decoders; T5 0.15); 0 hides none, and each token predicts the next."""
     document_mask: bool = True
     """Tokens attend only within their own document."""
     sequence_length: int = 128
@@ -329,3 +331,9 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def objective(self) -> Objective:
+        """What is predicted, which is the model's business."""
+        others: dict[str, Objective] = {"encoder": "mask", "encoder_decoder": "spans"}
+        return others.get(self.model.architecture, "next")

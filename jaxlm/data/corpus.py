@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from jaxlm.config.errors import UserError
-from jaxlm.config.schema import DataConfig
-from jaxlm.data import sources, tokenizer
+from jaxlm.config.schema import DataConfig, Objective
+from jaxlm.data import sources, spans, tokenizer
 from jaxlm.data.prepare import prepare, train_bpe
 from jaxlm.data.sources import Source
 from jaxlm.data.store import TokenFolder, is_token_folder
@@ -87,12 +87,13 @@ class Corpus:
 
 
 class Corpora:
-    """All corpora of a run; they share one tokenizer, which has an id for hidden tokens where some are (`masks`)."""
+    """All corpora of a run; they share one tokenizer, which has the ids that `objective` needs besides the text's."""
 
-    def __init__(self, corpora: Sequence[Corpus], notes: Sequence[str] = (), *, masks: bool = False):
+    def __init__(
+        self, corpora: Sequence[Corpus], tokenizer: Tokenizer, objective: Objective = "next", notes: Sequence[str] = ()
+    ):
         self.corpora, self.notes = tuple(corpora), tuple(notes)
-        tokenizer = corpora[0].folder.tokenizer
-        self.tokenizer: Tokenizer = tokenizer.with_mask() if masks else tokenizer
+        self.tokenizer, self.objective = tokenizer, objective
 
     def tokens(self, split: SplitName) -> int:
         return sum(corpus.split(split).tokens for corpus in self.corpora)
@@ -108,7 +109,7 @@ class Corpora:
             part = corpus.split(split)
             weight = part.tokens if corpus.weight is None else corpus.weight
             counts = part.counts(most)
-            shares[: len(counts)] += weight * counts / max(counts.sum(), 1)  # the mask stands in no text
+            shares[: len(counts)] += weight * counts / max(counts.sum(), 1)  # what stands for hidden text is in none
         return entropy(shares)
 
     def describe(self) -> str:
@@ -120,11 +121,15 @@ class Corpora:
         return "\n".join(lines)
 
 
-def open_corpora(config: DataConfig) -> Corpora:
+def open_corpora(config: DataConfig, objective: Objective | None = None) -> Corpora:
     """Open the corpora of `config`; raw ones are prepared into config.cache on first use.
 
+    Args:
+        objective: what is to be predicted (default: words that config.noise hid, or else the next token).
+
     Raises:
-        UserError: a path, a shard or a tokenizer is missing or damaged, or tokenizers differ.
+        UserError: a path, a shard or a tokenizer is missing or damaged, tokenizers differ, or theirs has too few ids
+            for hidden spans.
     """
     if config.weights and len(config.weights) != len(config.path):
         counts = f"{len(config.weights)} numbers and --data.path {len(config.path)} corpora"
@@ -139,7 +144,8 @@ def open_corpora(config: DataConfig) -> Corpora:
     names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
     weights: Sequence[float | None] = config.weights or [None] * len(folders)
     corpora = [_split(*entry, config.validation) for entry in zip(names, weights, folders, strict=True)]
-    return Corpora(corpora, list(_without_effect(config)), masks=config.noise > 0)
+    objective = objective or ("mask" if config.noise else "next")
+    return Corpora(corpora, _hiding(first.tokenizer, config, objective), objective, list(_without_effect(config)))
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -160,6 +166,13 @@ def tokenizer_settings(spec: str, vocabulary: int) -> dict[str, Any]:
     if spec == "bpe":
         return {"tokenizer": "bpe", "vocabulary": vocabulary}
     return {"tokenizer": make_tokenizer(spec, vocabulary, (), "").digest()}
+
+
+def _hiding(tokenizer: Tokenizer, config: DataConfig, objective: Objective) -> Tokenizer:
+    """`tokenizer` with ids for what is hidden: as many as the configuration says, so that every host has the same."""
+    if objective == "spans":
+        return tokenizer.with_sentinels(spans.sentinels(config.sequence_length, config.noise))
+    return tokenizer.with_mask() if objective == "mask" else tokenizer
 
 
 def _prepare_raw(config: DataConfig) -> list[TokenFolder]:

@@ -1,7 +1,8 @@
 """Rows by position, and device batches made ahead of the step.
 
 Position counts the samples consumed and is the loader's whole state: row i of a batch is sample position + i, whatever
-the batch size, the number of hosts and the mesh. B batch, T sequence length, W window = T + 1.
+the batch size, the number of hosts and the mesh. B batch, T sequence length, W window = T + 1; where spans are hidden S
+is the sequence length, and T that of the targets.
 """
 
 import bisect
@@ -24,14 +25,18 @@ from jaxlm.config.schema import DataConfig
 from jaxlm.data.corpus import Corpora, SplitName
 from jaxlm.data.noise import Noise
 from jaxlm.data.packing import Packing
+from jaxlm.data.spans import Spans, target_length
 
 if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
 """tokens, targets, segment_ids, positions: int32 [B, T]; loss_mask: float32 [B, T]. A target is the next token, or with
-data.noise the token itself, which counts where it is hidden."""
+masked words the token itself, which counts where it is hidden. With hidden spans these are the decoder's, T is
+`target_length`, and the encoder's are source_tokens, source_segment_ids, source_positions: int32 [B, S]."""
 
+NAMES = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+SOURCE_NAMES = ("source_tokens", "source_segment_ids", "source_positions")
 
 PREFETCH = 2
 """Batches made ahead of the step."""
@@ -52,7 +57,12 @@ class Loader:
         # Held-out order is not the seed's business: runs with other seeds are evaluated on the same samples.
         seed = config.seed if split == "train" else 0
         self._weights, self._seed = [c.weight for c in used if c.weight is not None], seed
-        self._noise = Noise(corpora.tokenizer, config.noise, f"{split} {seed}") if config.noise else None
+        hiding, length = (corpora.tokenizer, config.noise, f"{split} {seed}"), config.sequence_length
+        self._noise = Noise(*hiding) if corpora.objective == "mask" else None
+        self._spans = Spans(*hiding) if corpora.objective == "spans" else None
+        width = target_length(length, config.noise) if self._spans else length
+        self.widths = dict.fromkeys(SOURCE_NAMES if self._spans else (), length) | dict.fromkeys(NAMES, width)
+        """Columns of the arrays of a batch, by name."""
 
     def rows(self, position: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the batch whose first sample is number `position`."""
@@ -71,9 +81,12 @@ class Loader:
         begins_BW = np.maximum.accumulate(np.where(starts_BW | (index_W == written_B1), index_W, 0), axis=1)
         tokens, targets, segments = tokens_BW[:, :-1].copy(), tokens_BW[:, 1:].copy(), segments_BW[:, :-1].copy()
         counted_BT = (segments_BW[:, 1:] == segments_BW[:, :-1]) & (segments_BW[:, 1:] > 0)
+        samples = range(position + start, position + stop)
+        if self._spans:
+            return self._spans.hide(tokens, segments, samples)
         if self._noise:
             targets = tokens
-            tokens, counted_BT = self._noise.hide(targets, segments, range(position + start, position + stop))
+            tokens, counted_BT = self._noise.hide(targets, segments, samples)
         return {
             "tokens": tokens,
             "targets": targets,
@@ -146,7 +159,8 @@ def batches(
 
     Args:
         position: of the first sample.
-        sharding_for: array name -> sharding of its [B, T]; this process reads only the rows its devices hold.
+        sharding_for: array name -> sharding of it, [B, `Loader.widths`]; this process reads only the rows its devices
+            hold.
         stop: no batch begins at or after this position.
 
     Yields:
@@ -160,16 +174,15 @@ def batch_at(
     loader: Loader, position: int, batch_size: int, sharding_for: Callable[[str], Sharding]
 ) -> dict[str, jax.Array]:
     """The global batch whose first sample is number `position`, made now; arguments as those of `batches`."""
-    shape = (batch_size, loader.config.sequence_length)
     read = functools.cache(lambda start, stop: loader.rows(position, start, stop))
 
     def part(name: str, index: tuple[slice, slice]) -> np.ndarray:
-        start, stop, _ = index[0].indices(shape[0])
+        start, stop, _ = index[0].indices(batch_size)
         return read(start, stop)[name][:, index[1]]
 
-    names = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
     return {
-        name: jax.make_array_from_callback(shape, sharding_for(name), functools.partial(part, name)) for name in names
+        name: jax.make_array_from_callback((batch_size, width), sharding_for(name), functools.partial(part, name))
+        for name, width in loader.widths.items()
     }
 
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int32, UInt64
 
 from jaxlm.data.tokenizer import Tokenizer
 
@@ -25,11 +25,10 @@ class Noise:
     def __init__(self, tokenizer: Tokenizer, share: float, stream: str):
         """`share` is the chance of a word; each `stream` of rows has noise of its own."""
         assert tokenizer.mask_id is not None, "`Tokenizer.with_mask` comes first"
-        self._share, self._mask_id = share, tokenizer.mask_id
+        self._share, self._stream, self._mask_id = share, stream, tokenizer.mask_id
         self._before, self._behind = tokenizer.joints()
         self._is_text = tokenizer.byte_lengths() > 0
         self._text_ids = np.flatnonzero(self._is_text).astype(np.int32)
-        self._key = int.from_bytes(hashlib.blake2b(f"noise {stream}".encode(), digest_size=8).digest(), "little")
 
     def hide(
         self, tokens_BT: Int32[np.ndarray, "B T"], segments_BT: Int32[np.ndarray, "B T"], samples: Sequence[int]
@@ -53,6 +52,12 @@ class Noise:
 
     def _draws(self, sample: int, length: int) -> Float[np.ndarray, "T 3"]:
         """Uniform numbers from 0 to 1, three for each place: whether its word is hidden, how, and by which token."""
-        # Raw bits: NumPy promises that a generator's never change, and of what it makes of them it does not.
-        bits = np.random.Philox(key=np.array([self._key, sample], np.uint64)).random_raw(3 * length)
+        bits = raw_bits(f"noise {self._stream}", sample, 3 * length)
         return (bits >> np.uint64(11)).reshape(length, 3) * 2.0**-53
+
+
+def raw_bits(stream: str, sample: int, count: int) -> UInt64[np.ndarray, "count"]:
+    """Random numbers of 64 bits for a sample, the same for ever; each `stream` has its own."""
+    # NumPy promises that a generator's raw bits never change, and of what it makes of them it does not.
+    key = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little")
+    return np.random.Philox(key=np.array([key, sample], np.uint64)).random_raw(count)

@@ -13,6 +13,7 @@ from jaxlm.config.schema import DataConfig, ProfileConfig, RunConfig
 from jaxlm.config.values import shown
 from jaxlm.data.corpus import Corpora, Split, SplitName, open_corpora
 from jaxlm.data.loader import Loader
+from jaxlm.data.spans import sentinels
 from jaxlm.data.store import TokenFolder, is_token_folder
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.evaluate.options import Options
@@ -40,11 +41,11 @@ def measure(
     config = _asked(options, config, folder, split)
     check(config, spec)
     mesh = devices(spec)
-    corpora = _open(options, config.data, tokenizer, folder)
+    corpora = _open(config, tokenizer, folder)
     part: SplitName = "validation" if split == "validation" else "train"
     if split == "validation" and not corpora.documents(part):
         raise UserError("--data.split=validation: a corpus of one document leaves nothing to hold out; use all")
-    corpora = _first(corpora, part, options.documents, masks=config.data.noise > 0)
+    corpora = _first(corpora, part, options.documents)
     loader = Loader(corpora, config.data, part)
     say(f"{split}: {corpora.documents(part):,} documents, {corpora.tokens(part):,} tokens")
     assembly = assemble(config, mesh, tokenizer.vocabulary_size, lambda line: None)
@@ -92,27 +93,38 @@ def _asked(options: Options, config: RunConfig, folder: Path, split: str) -> Run
     )
 
 
-def _open(options: Options, data: DataConfig, tokenizer: Tokenizer, folder: Path) -> Corpora:
+def _open(config: RunConfig, tokenizer: Tokenizer, folder: Path) -> Corpora:
     """The corpora, which the run's tokenizer encoded."""
-    own = tokenizer.digest()
+    data, own, known = config.data, tokenizer.digest(), len(tokenizer.sentinel_ids)
+    if config.objective == "spans" and sentinels(data.sequence_length, data.noise) > known:
+        raise UserError(
+            f"--data.sequence-length={data.sequence_length} may hide {sentinels(data.sequence_length, data.noise)} "
+            f"spans of a row, and {folder} has learned {known}; leave it out"
+        )
     for path in filter(is_token_folder, data.path):
         theirs = TokenFolder(path).tokenizer
-        if (theirs.with_mask() if data.noise else theirs).digest() != own:
+        if _hiding_as(tokenizer, theirs).digest() != own:
             raise UserError(
                 f"{path} was prepared with another tokenizer than that of {folder}; give the text itself, or prepare "
                 f"it again (python -m jaxlm.data prepare --tokenizer={folder / 'tokenizer'})"
             )
-    corpora = open_corpora(data)
-    if corpora.tokenizer.digest() != own:
+    corpora = open_corpora(data, config.objective)
+    if _hiding_as(tokenizer, corpora.tokenizer).digest() != own:
         paths = ",".join(data.path)
         raise UserError(
             f"the corpora of {folder} have changed: they now give another tokenizer than the run's; "
             f"use --data.path={shown(paths)[1:-1]} to encode them with the run's own"
         )
-    return corpora
+    return Corpora(corpora.corpora, tokenizer, corpora.objective, corpora.notes)
 
 
-def _first(corpora: Corpora, part: SplitName, count: int | None, *, masks: bool) -> Corpora:
+def _hiding_as(own: Tokenizer, other: Tokenizer) -> Tokenizer:
+    """`other` with the ids for hidden text that `own` has: a sequence length of its own asks for others."""
+    other = other.with_sentinels(len(own.sentinel_ids))
+    return other if own.mask_id is None else other.with_mask()
+
+
+def _first(corpora: Corpora, part: SplitName, count: int | None) -> Corpora:
     """The first `count` documents of the split, in the order of the corpora."""
     if count is None:
         return corpora
@@ -122,4 +134,4 @@ def _first(corpora: Corpora, part: SplitName, count: int | None, *, masks: bool)
         taken = Split(own.folder, own.documents[:count])
         count -= len(taken.documents)
         kept.append(replace(corpus, validation=taken) if part == "validation" else replace(corpus, train=taken))
-    return Corpora(kept, corpora.notes, masks=masks)
+    return Corpora(kept, corpora.tokenizer, corpora.objective, corpora.notes)

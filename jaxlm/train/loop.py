@@ -65,7 +65,7 @@ def run(config: RunConfig) -> None:
 
 def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
     first = jax.process_index() == 0
-    corpora = open_corpora(config.data)
+    corpora = open_corpora(config.data, config.objective)
     resume.check_tokenizer(folder, corpora.tokenizer)
     loader = Loader(corpora, config.data)
     say = Progress(config.train.steps, show=first).say

@@ -31,7 +31,7 @@ def preview(config: RunConfig, *, full: bool) -> None:
     check(config, spec, console.print)
     vocabulary = None
     if config.model.vocabulary is None:
-        vocabulary = open_corpora(config.data).tokenizer.vocabulary_size
+        vocabulary = open_corpora(config.data, config.objective).tokenizer.vocabulary_size
     assembly = assemble(config, mesh, vocabulary, console.print)
     began = time.perf_counter()
     compiled = assembly.compile(console.print)

@@ -48,7 +48,7 @@ def replay(options: Replay) -> None:
     logged = {line["step"]: line for line in read(folder / "metrics.jsonl")}
     last = options.step or max(logged, default=0)
     mesh, _ = meshes.build(parse(config.mesh), simulate=config.simulate, distributed=config.distributed, announce=print)
-    corpora = open_corpora(config.data)
+    corpora = open_corpora(config.data, config.objective)
     assembly = assemble(config, mesh, corpora.tokenizer.vocabulary_size, print)
     with Store(folder / "checkpoints", keep=0) as store:
         before = store.latest_valid(print, before=last)
