@@ -1,40 +1,67 @@
+import math
+import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxlm.config import mesh_spec
 from jaxlm.config.checks import check
 from jaxlm.config.load import RECIPES, differences, load
 from jaxlm.config.schema import RunConfig
+from jaxlm.metrics.flops import parameter_count
+from jaxlm.models import families
+from jaxlm.models.build import build
+from jaxlm.models.families.family import unlike
+from tests.models.test_families import PUBLISHED
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-PUBLISHED = {
-    "gpt2_124m": 124_439_808,
-    "llama3_1b": 1_235_814_400,
-    "llama3_8b": 8_030_261_248,
-    "mixtral_8x7b": 46_702_792_704,
-    "bert_base": 109_514_298,
+PARAMETERS = {
+    "bert_base_dp8_h100": 109_514_298,
+    "gemma2_2b_fsdp16_v5p": 2_614_341_888,
+    "gemma3_1b_fsdp8_h100": 999_885_952,
+    "gpt2_124m_dp1_h200": 124_439_808,
+    "gpt2_124m_dp8_h100": 124_439_808,
+    "llama3_1b_fsdp8_h100": 1_235_814_400,
+    "llama3_8b_fsdp32tp2_h100": 8_030_261_248,
+    "mistral_7b_rep4fsdp8_h100": 7_241_732_096,
+    "mixtral_8x7b_fsdp8ep8_h100": 46_702_792_704,
+    "olmo2_7b_fsdp32_h100": 7_298_617_344,
+    "qwen2_494m_dp8_h100": 494_032_768,
+    "qwen3_30b_a3b_fsdp8ep8_h100": 30_532_122_624,
+    "qwen3_596m_dp1_h200": 596_049_920,
+    "roberta_base_dp8_h100": 124_697_433,
 }
+"""Recipe of a published model -> its parameters."""
+
+OF_FAMILY = {
+    "gpt2": ("gpt2_124m_dp8_h100", "gpt2"),
+    "llama": ("llama3_1b_fsdp8_h100", "Llama-3.2-1B"),
+    "mistral": ("mistral_7b_rep4fsdp8_h100", "Mistral-7B-v0.1"),
+    "qwen2": ("qwen2_494m_dp8_h100", "Qwen2.5-0.5B"),  # of the shape of Qwen2 0.5B
+    "qwen3": ("qwen3_596m_dp1_h200", "Qwen3-0.6B"),
+    "gemma2": ("gemma2_2b_fsdp16_v5p", "gemma-2-2b"),
+    "gemma3_text": ("gemma3_1b_fsdp8_h100", "gemma-3-1b"),
+    "olmo2": ("olmo2_7b_fsdp32_h100", "OLMo-2-7B"),
+    "mixtral": ("mixtral_8x7b_fsdp8ep8_h100", "Mixtral-8x7B"),
+    "qwen3_moe": ("qwen3_30b_a3b_fsdp8ep8_h100", "Qwen3-30B-A3B"),
+    "bert": ("bert_base_dp8_h100", "bert-base-uncased"),
+    "roberta": ("roberta_base_dp8_h100", "roberta-base"),
+}
+"""Family of Hugging Face -> a recipe of it, and the published model that has the same config.json."""
 
 
 def recipe(name):
     return load(RunConfig, [f"--config={name}"])[0]
 
 
-def parameters(m):
-    """Parameters of a model by arithmetic, without the model's code and without vocabulary padding."""
-    head = m.head_size or m.embed // m.heads
-    kv = m.kv_heads or m.heads
-    norm = 2 * m.embed if m.norm == "layer" else m.embed
-    attention = m.embed * head * (2 * m.heads + 2 * kv)
-    attention += head * (m.heads + 2 * kv) * ("qkv" in m.biases) + m.embed * ("output" in m.biases)
-    mlp = m.embed * m.mlp * (3 if m.gated else 2)
-    mlp += (m.embed + m.mlp * (2 if m.gated else 1)) * ("mlp" in m.biases)
-    mlp = mlp * max(m.experts, 1) + m.embed * m.experts
-    tables = m.vocabulary * m.embed * (1 if m.tied else 2) + m.max_positions * m.embed * (m.positions == "learned")
-    tables += m.token_types * m.embed
-    head = m.embed * (m.embed + 1) + norm + m.vocabulary if m.architecture == "encoder" else 0
-    return m.layers * (attention + mlp + 2 * norm) + norm + tables + head
+def parameters(model):
+    """Parameters of the model that is built, without the padding of its vocabulary; no array is made."""
+    built = build(model, None)
+    dims = jax.tree.leaves(built.dims, is_leaf=lambda node: isinstance(node, tuple))
+    leaves = zip(jax.tree.leaves(built.abstract), dims, strict=True)
+    shapes = [zip(leaf.shape, own, strict=True) for leaf, own in leaves]
+    return sum(math.prod(built.vocabulary if dim == "vocab" else size for size, dim in shape) for shape in shapes)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,12 +81,34 @@ def test_recipe_is_named_and_introduced(name):
         assert word in head
 
 
-@pytest.mark.parametrize("model, count", PUBLISHED.items())
-def test_published_parameter_counts(model, count):
-    found = [name for name in NAMES if name.startswith(f"{model}_")]
-    assert found
-    for name in found:
-        assert parameters(recipe(name).model) == count
+def test_every_recipe_but_the_tiny_ones_is_of_a_published_model():
+    assert [name for name in NAMES if "_tiny_" not in f"_{name}"] == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name, count", PARAMETERS.items())
+def test_published_parameter_counts(name, count):
+    model = recipe(name).model
+    assert parameters(model) == count == parameter_count(model, model.vocabulary)
+
+
+def test_every_family_has_a_recipe():
+    assert OF_FAMILY.keys() == families.FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", OF_FAMILY)
+def test_the_recipe_of_a_family_is_the_published_model(family):
+    name, published = OF_FAMILY[family]
+    model, theirs = recipe(name).model, families.FAMILIES[family]
+    count, given, _ = PUBLISHED[published]
+    assert (given["model_type"], count) == (family, PARAMETERS[name])
+    assert unlike(model, theirs.read(given)) == unlike(model, theirs.read(theirs.write(model))) == []
+    assert families.of_model(model).name == ("bert" if family == "roberta" else family)  # RoBERTa's is BERT's too
+
+
+def test_the_page_lists_the_recipe_of_each_family():
+    text = Path("docs/huggingface.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| ([0-9,]+) \|$", text, re.MULTILINE)
+    assert rows == [(family, name, f"{PARAMETERS[name]:,}") for family, (name, _) in OF_FAMILY.items()]
 
 
 def test_the_tiny_recipe_is_the_defaults():
