@@ -146,8 +146,9 @@ class Spans:
 
 def _cut(total: int, parts: int, bits: np.ndarray) -> Int64[np.ndarray, "parts"]:
     """`total` as a sum of `parts` of 1 or more, any such with equal chance; there are `total` - 1 places to cut at."""
-    cuts = np.sort(np.argsort(bits, kind="stable")[: parts - 1]) + 1
-    return np.diff(cuts, prepend=0, append=total)
+    cuts = np.zeros(parts + 1, np.int64)
+    cuts[1:-1], cuts[-1] = np.sort(np.argsort(bits, kind="stable")[: parts - 1]) + 1, total
+    return np.diff(cuts)
 
 
 def _firsts(segments_BT: Int32[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:

@@ -10,9 +10,10 @@ import pytest
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.load import load as load_options
-from jaxlm.config.schema import RunConfig
+from jaxlm.config.schema import DataConfig, ModelConfig, RunConfig
 from jaxlm.data.__main__ import main as data
-from jaxlm.data.tokenizer import load
+from jaxlm.data.tokenizer import Bytes, load
+from jaxlm.evaluate.perplexity import _open
 from jaxlm.train import loop
 
 
@@ -92,6 +93,23 @@ def test_no_other_tokenizer(run, evaluate, tmp_path):
     assert (code, out) == (2, "") and f"--data.path={tmp_path / 'more'}" in err
     with pytest.raises(UserError, match="is not the tokenizer that the corpora give now"):
         loop.run(load_options(RunConfig, [f"--config={tmp_path / 'run/config.yaml'}", f"--run={tmp_path / 'run'}"])[0])
+
+
+def test_hidden_spans_have_the_ids_that_the_run_learned(run, tmp_path):
+    """A shorter sequence needs fewer of them; a longer one more than there are."""
+    own, model, corpus = Bytes().with_sentinels(6), ModelConfig(), run.parent / "corpus"
+    object.__setattr__(model, "architecture", "encoder_decoder")  # whatever is to be had as yet
+    data(["prepare", f"--input={corpus}", f"--output={tmp_path / 'prepared'}", "--tokenizer=bytes"])
+
+    def opened(length, path, **keys):
+        keys |= {"path": (str(path),), "cache": str(tmp_path), "noise": 0.15, "sequence_length": length}
+        return _open(RunConfig(model=model, data=DataConfig(**keys)), own, tmp_path / "run")
+
+    for length in (16, 128):
+        for corpora in (opened(length, corpus, tokenizer="bytes"), opened(length, tmp_path / "prepared")):
+            assert corpora.objective == "spans" and corpora.tokenizer.digest() == own.digest()
+    with pytest.raises(UserError, match="--data.sequence-length=256 may hide 13 spans of a row, .* learned 6"):
+        opened(256, corpus, tokenizer="bytes")
 
 
 @pytest.mark.parametrize(
