@@ -73,7 +73,7 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
     settings = _settings(config, run, mesh, dtype, has_text=text is not None)
     model = build(config, None)
     found = matches(family, model)
-    names, aside = _names(family, found, stored, tied=config.tied)
+    names, aside = _names(family, found, stored)
     added = [match.name for match in found if match.name not in names]
     if added:
         say(f"the files have no output layer ({' '.join(added)}): it begins untrained")
@@ -106,7 +106,7 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
 
 def _settings(config: ModelConfig, run: Path, mesh: str, dtype: str, *, has_text: bool) -> RunConfig:
     """The recipe that an imported run begins with, checked."""
-    data = DataConfig(noise=0.0 if config.causal else 0.15)
+    data = DataConfig(noise=0.0 if config.architecture == "decoder" else 0.15)
     data = replace(data, tokenizer=str(run / "tokenizer")) if has_text else data
     if config.positions == "learned":
         data = replace(data, sequence_length=min(data.sequence_length, config.max_positions))
@@ -191,7 +191,7 @@ def _renamed(family: Family, stored: dict[str, safetensors.Stored]) -> dict[str,
 
 
 def _names(
-    family: Family, found: list[Match], stored: dict[str, safetensors.Stored], *, tied: bool
+    family: Family, found: list[Match], stored: dict[str, safetensors.Stored]
 ) -> tuple[dict[str, str], dict[str, safetensors.Stored]]:
     """Our name for each tensor -> the one it has in the files; and by our names those that are kept aside.
 
@@ -213,7 +213,7 @@ def _names(
     aside = {}
     for name in sorted(stored.keys() - set(names.values())):
         own = family.prefix + name if bare else name
-        if tied and name in repeats:
+        if name in repeats:
             _check_same(name, stored[name], stored[names[repeats[name]]])
         elif own.startswith(family.aside) and stored[name].dtype in safetensors.DTYPES:
             aside[own] = stored[name]

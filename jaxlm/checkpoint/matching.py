@@ -100,7 +100,7 @@ def matches(family: Family, model: Model) -> list[Match]:
     shapes, dims = flat(model.abstract), flat(model.dims, is_leaf=lambda leaf: isinstance(leaf, tuple))
     found: list[Match] = []
     for row in family.rows:
-        if any(name in shapes for name in row.ours):
+        if any(name in shapes for name in row.ours) and row.gated in (None, model.config.gated):
             shape = shapes[row.ours[0]].shape
             found += _of_row(row, shape, dims[row.ours[0]], model.vocabulary)
     missing = shapes.keys() - {name for match in found for name in match.row.ours}

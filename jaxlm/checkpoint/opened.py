@@ -111,6 +111,7 @@ def decoding(config: RunConfig, mesh: Mesh) -> Runtime:
         sequence_length=config.data.sequence_length,
         softcap=config.model.attention_softcap,
         cached=True,
+        biased=config.model.positions == "relative",
     )
     return Runtime(
         layout=layout(mesh, kv_heads=config.model.key_value_heads, variant="decode"),

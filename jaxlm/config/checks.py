@@ -195,11 +195,31 @@ def _model(m: ModelConfig) -> Iterator[str]:
         )
     if len(m.windows) > m.layers:
         yield f"--model.windows has {len(m.windows)} lengths for --model.layers={m.layers}; give {m.layers} or fewer"
+    yield from _encoder_decoder(m)
     if 0 < m.experts < m.experts_per_token:
         yield (
             f"--model.experts-per-token={m.experts_per_token} is more than --model.experts={m.experts}; "
             f"use --model.experts-per-token={m.experts} or --model.experts={m.experts_per_token}"
         )
+
+
+def _encoder_decoder(m: ModelConfig) -> Iterator[str]:
+    pair, relative = m.architecture == "encoder_decoder", m.positions == "relative"
+    if pair and not relative:
+        yield (
+            f"--model.positions={m.positions} is not what an encoder_decoder has, which is a bias of attention; "
+            "use --model.positions=relative"
+        )
+    if relative and not pair:
+        yield (
+            f"--model.positions=relative is of an encoder_decoder alone, and --model.architecture={m.architecture}; "
+            "use --model.positions=rotary"
+        )
+    if pair and m.norm_placement == "sum":
+        yield "--model.norm-placement=sum is of encoders and decoders alone; use --model.norm-placement=pre"
+    for key in ("experts", "token_types"):
+        if pair and getattr(m, key):
+            yield f"{option('model.' + key)}={getattr(m, key)}: an encoder_decoder has none; leave it at 0"
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -216,10 +236,10 @@ def _data(config: RunConfig) -> Iterator[str]:
             f"--data.validation=0 leaves nothing for --eval.every={config.eval.every}; "
             "use --data.validation=0.05 or --eval.every=0"
         )
-    if config.model.architecture == "encoder" and not data.noise:
+    if config.model.architecture != "decoder" and not data.noise:
         yield (
-            "--model.architecture=encoder predicts tokens that are hidden, and --data.noise=0 hides none; "
-            "use --data.noise=0.15"
+            f"--model.architecture={config.model.architecture} predicts tokens that are hidden, and --data.noise=0 "
+            "hides none; use --data.noise=0.15"
         )
     if config.model.architecture == "decoder" and data.noise:
         yield (
@@ -263,6 +283,7 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
         )
     if m.vocabulary is not None:
         yield from vocabulary(m.vocabulary, tp)
+    yield from _not_cut(config, spec)
     yield from _embed(m, spec)
     yield from _context(config, spec)
     yield from _experts(m, spec)
@@ -278,6 +299,23 @@ def _mesh(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
         yield (
             f"--data.batch-size={config.data.batch_size} does not divide by {product} = {ways * parts}; "
             f"use --data.batch-size={_nearest_multiple(config.data.batch_size, ways * parts)}"
+        )
+
+
+def _not_cut(config: RunConfig, spec: MeshSpec) -> Iterator[str]:
+    """Of an encoder_decoder: two stacks and two sequences, which nothing here cuts."""
+    if config.model.architecture != "encoder_decoder":
+        return
+    for axis, what in (("pp", "layers into stages"), ("cp", "sequences")):
+        if spec.sizes[axis] > 1:
+            yield (
+                f"{axis} {spec.sizes[axis]} of mesh {spec} cuts {what}, and those of "
+                f"--model.architecture=encoder_decoder stay whole; use fsdp{spec.sizes[axis]} in its place"
+            )
+    if config.context.sequence_parallel == "on" and spec.sizes["tp"] > 1:
+        yield (
+            "--context.sequence-parallel=on cuts norms by sequence, and those of --model.architecture=encoder_decoder "
+            "stay whole; use --context.sequence-parallel=auto"
         )
 
 

@@ -20,13 +20,15 @@ def padded(vocabulary: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model: GPT-2, Llama, Mistral, Qwen, Gemma, BERT and RoBERTa are settings of these keys."""
+    """The model: GPT-2, Llama, Mistral, Qwen, Gemma, BERT, RoBERTa and T5 are settings of these keys."""
 
-    architecture: Literal["decoder", "encoder"] = "decoder"
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     """decoder: a token sees those before it, and the next one is predicted. encoder: a token sees its whole document,
-    and tokens that data.noise hid are predicted, by an output layer with a transform and a bias (BERT)."""
+    and tokens that data.noise hid are predicted, by an output layer with a transform and a bias (BERT).
+    encoder_decoder: an encoder reads a text and a decoder that sees all of it writes another, such as the spans that
+    data.noise hid; a tied output layer is scaled by embed ** -0.5 (T5)."""
     layers: int = 4
-    """Number of blocks."""
+    """Number of blocks; of an encoder_decoder, of each half."""
     embed: int = 128
     """Width of the residual stream."""
     heads: int = 4
@@ -50,8 +52,9 @@ class ModelConfig:
     norm_placement: Literal["pre", "post", "sandwich", "sum"] = "pre"
     """Norm of a sublayer's input, of its output (OLMo 2), of both (Gemma 2), or of what it was added to, and of the
     embedding in place of the last norm (BERT)."""
-    positions: Literal["learned", "rotary", "none"] = "learned"
-    """How a token knows where it stands."""
+    positions: Literal["learned", "rotary", "relative", "none"] = "learned"
+    """How a token knows where it stands: a table of positions, rotated queries and keys, or a bias of attention for
+    each head and distance (T5)."""
     max_positions: int = 1024
     """Rows of the learned position table (tokens)."""
     token_types: int = 0
@@ -117,8 +120,8 @@ class ModelConfig:
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees only those before it."""
-        return self.architecture == "decoder"
+        """Whether a token that is written sees only those before it."""
+        return self.architecture != "encoder"
 
     @property
     def head_width(self) -> int:

@@ -6,6 +6,8 @@ FLOPs a token, and a query-key pair of a head of size H costs 3 x (2 H for the l
     FLOPs per token = 6 x matmul parameters + 12 x heads x head_size x sum over layers of the mean keys a token sees
     mean keys       = T / 2 under the causal mask, w - w^2 / (2 T) in a layer with a window of w < T tokens,
                       T in an encoder
+    an encoder-decoder: a token is one that is read; for each of them the decoder writes a share of one, which sees
+                      half of what is written and all T that were read
     mfu             = FLOPs per token x tokens per second / (devices x peak FLOP/s of a device)
 
 Matmul parameters are the projections of attention and feed-forward and the output layer, tied or not; looking up an
@@ -54,8 +56,21 @@ A TPU multiplies float32 in one bfloat16 pass at JAX's default precision, so its
 """
 
 
-def matmul_parameters(model: ModelConfig, vocabulary: int) -> int:
-    """Parameters that a token is multiplied with."""
+RELATIVE_BUCKETS = 32
+"""Of relative positions, in each stack (`models.relative`)."""
+
+
+def matmul_parameters(model: ModelConfig, vocabulary: int, share: float = 1.0) -> int | float:
+    """Parameters that a token is multiplied with.
+
+    Args:
+        share: of an encoder-decoder, tokens that are written for each that is read; here and below.
+    """
+    if model.architecture == "encoder_decoder":
+        query, kv = _attention_widths(model)
+        read = model.layers * (_attention_kernels(model) + _mlp_kernels(model) + model.embed * 2 * kv)
+        written = model.layers * (_attention_kernels(model) + _mlp_kernels(model) + model.embed * 2 * query)
+        return read + share * (written + model.embed * vocabulary)
     transform = 0 if model.causal else model.embed**2
     return model.layers * (_attention_kernels(model) + _mlp_kernels(model)) + transform + model.embed * vocabulary
 
@@ -74,12 +89,19 @@ def parameter_count(model: ModelConfig, vocabulary: int) -> int:
         block += _mlp_parameters(model, model.mlp * model.shared_experts) if model.shared_experts else 0
     tables = embed * vocabulary * (1 if model.tied else 2)
     tables += embed * model.max_positions * (model.positions == "learned") + embed * model.token_types
+    if model.architecture == "encoder_decoder":
+        cross = _attention_kernels(model) + qk_norms + norm * (2 if model.norm_placement == "sandwich" else 1)
+        cross += (query + 2 * kv) * ("qkv" in model.biases) + embed * ("output" in model.biases)
+        return model.layers * (2 * block + cross) + 2 * norm + tables + 2 * RELATIVE_BUCKETS * model.heads
     transform = 0 if model.causal else embed * (embed + 1) + norm + vocabulary
     return model.layers * block + norm + tables + transform
 
 
-def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+def attention_flops_per_token(model: ModelConfig, sequence_length: int, share: float = 1.0) -> float:
     """Forward and backward FLOPs of one token's logits and weighted values, over all layers."""
+    if model.architecture == "encoder_decoder":
+        keys = sequence_length * (1 + share + share * share / 2)
+        return 12 * model.heads * model.head_width * model.layers * keys
     windows = [model.windows[i % len(model.windows)] if model.windows else 0 for i in range(model.layers)]
     mean_keys = 0.0
     for window in windows:
@@ -88,9 +110,9 @@ def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float
     return 12 * model.heads * model.head_width * mean_keys
 
 
-def flops_per_token(model: ModelConfig, vocabulary: int, sequence_length: int) -> float:
+def flops_per_token(model: ModelConfig, vocabulary: int, sequence_length: int, share: float = 1.0) -> float:
     """Training FLOPs of one token, forward and backward, by the formula at the head of this file."""
-    return 6 * matmul_parameters(model, vocabulary) + attention_flops_per_token(model, sequence_length)
+    return 6 * matmul_parameters(model, vocabulary, share) + attention_flops_per_token(model, sequence_length, share)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -114,11 +136,15 @@ def mfu(flops_per_token: float | int, tokens_per_second: float | int, devices: i
     return None if peak is None else flops_per_token * tokens_per_second / (devices * peak)
 
 
-def explain(model: ModelConfig, vocabulary: int, sequence_length: int, device_kind: str, dtype: str) -> str:
+def explain(
+    model: ModelConfig, vocabulary: int, sequence_length: int, device_kind: str, dtype: str, share: float = 1.0
+) -> str:
     """The arithmetic behind the MFU of a run, in one line; says so where the peak is not known."""
-    parameters, half = matmul_parameters(model, vocabulary), " (causal half)" if model.causal else ""
-    attention = attention_flops_per_token(model, sequence_length)
-    total = flops_per_token(model, vocabulary, sequence_length)
+    parameters, half = matmul_parameters(model, vocabulary, share), " (causal half)" if model.causal else ""
+    if model.architecture == "encoder_decoder":
+        half = f", {share:.3f} tokens written for each read"
+    attention = attention_flops_per_token(model, sequence_length, share)
+    total = flops_per_token(model, vocabulary, sequence_length, share)
     peak = peak_flops(device_kind, dtype)
     work = f"{total / 1e9:.2f} GFLOP" if total >= 1e9 else f"{total / 1e6:.1f} MFLOP"
     of_peak = (

@@ -22,20 +22,32 @@ from jaxlm.models.runtime import Runtime
 
 
 class Tokens(NamedTuple):
-    """Where each query stands, and each key where they are in a cache rather than the queries' own."""
+    """Where each query stands, and each key where they are in a cache rather than the queries' own; what is added to
+    their logits; and the text that another stack has read."""
 
     positions_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"]
     kv_positions_BS: Int[Array, "B S"] | None = None
     kv_segments_BS: Int[Array, "B S"] | None = None
+    bias_BNTS: Float[Array, "#B N T S"] | None = None
+    source: "Source | None" = None
+
+
+class Source(NamedTuple):
+    """The text that a decoder sees all of, as its encoder has read it."""
+
+    segments_BS: Int[Array, "B S"]
+    x_BSD: Float[Array, "B S D"] | None
+    """None where each layer has its keys and values in a cache."""
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, and the slot at which the next ones are written."""
+    """Keys and values of one layer, and the slot at which the next ones are written; and those of the source."""
 
     k_BSKH: Float[Array, "B S K H"]
     v_BSKH: Float[Array, "B S K H"]
     start: Int[Array, ""]
+    source: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None = None
 
     def append(self, k: jax.Array, v: jax.Array) -> "LayerCache":
         at = (jnp.zeros_like(self.start), self.start, jnp.zeros_like(self.start), jnp.zeros_like(self.start))
@@ -55,8 +67,10 @@ class Attention(nnx.Module):
     def __init__(self, rngs, config: ModelConfig):
         embed, heads, kv, size = config.embed, config.heads, config.key_value_heads, config.head_width
         std, bias = embed**-0.5, "qkv" in config.biases
+        # Logits begin at the same size whatever queries are multiplied by.
+        q_std = std if config.query_scale is None else std * size**-0.5 / config.query_scale
         self.config = config
-        self.query = Linear(rngs, (embed, heads, size), ("embed", "heads", None), bias=bias, std=std)
+        self.query = Linear(rngs, (embed, heads, size), ("embed", "heads", None), bias=bias, std=q_std)
         # A constant added to every key shifts all logits of a query alike, which softmax ignores: without rotation,
         # norm or cap in between, the key bias has gradient zero, and what rounding makes of it Adam would amplify.
         constant = config.positions != "rotary" and config.qk_norm == "none" and config.attention_softcap is None
@@ -72,12 +86,14 @@ class Attention(nnx.Module):
             bias="output" in config.biases,
             std=(heads * size) ** -0.5 / math.sqrt(2 * config.layers),
         )
-        if config.qk_norm == "head":
-            self.query_norm = Norm(rngs, config, size=size, kind="rms", dim=None)
-            self.key_norm = Norm(rngs, config, size=size, kind="rms", dim=None)
-        elif config.qk_norm == "projection":
-            self.query_norm = Norm(rngs, config, size=heads * size, kind="rms", dim=None)
-            self.key_norm = Norm(rngs, config, size=kv * size, kind="rms", dim=None)
+
+        def norm(together: int) -> nnx.Module:
+            if config.qk_norm == "none":
+                return Identity()
+            width = size if config.qk_norm == "head" else together * size
+            return Norm(rngs, config, size=width, kind="rms", dim=None)
+
+        self.query_norm, self.key_norm = norm(heads), norm(kv)
 
     def __call__(
         self,
@@ -91,11 +107,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config, layout = self.config, runtime.layout
         q, k, v = self._project(x_BTD, runtime)
-        if config.qk_norm == "head":
-            q, k = self.query_norm(q, runtime), self.key_norm(k, runtime)
-        elif config.qk_norm == "projection":
-            q = self.query_norm(q.reshape(*q.shape[:2], -1), runtime).reshape(q.shape)
-            k = self.key_norm(k.reshape(*k.shape[:2], -1), runtime).reshape(k.shape)
+        q, k = self._normed(self.query_norm, q, runtime), self._normed(self.key_norm, k, runtime)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
@@ -113,11 +125,18 @@ class Attention(nnx.Module):
             causal=config.causal,
             window=window,
             softcap=config.attention_softcap,
+            bias_BNTS=tokens.bias_BNTS,
             backend=runtime.attention,
             mesh=layout.mesh,
             context=runtime.context,
         )
         return self.output(o_BTNH, runtime), cache
+
+    def _normed(self, norm: nnx.Module, x: jax.Array, runtime: Runtime) -> jax.Array:
+        """Queries or keys after their norm, of each head or of all of them together."""
+        if self.config.qk_norm != "projection":
+            return norm(x, runtime)
+        return norm(x.reshape(*x.shape[:2], -1), runtime).reshape(x.shape)
 
     def _project(self, x_BTD: jax.Array, runtime: Runtime) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H]."""
@@ -157,8 +176,44 @@ class Attention(nnx.Module):
         )
 
 
+class CrossAttention(Attention):
+    """Attention of a decoder to the text that its encoder has read (Vaswani et al. 2017), within a document. It knows
+    no positions."""
+
+    def keys(self, x_BSD: Float[Array, "B S D"], runtime: Runtime) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H] of what the encoder made of the text."""
+        k, v = self._normed(self.key_norm, self.key(x_BSD, runtime), runtime), self.value(x_BSD, runtime)
+        dims = ("batch", "sequence", "kv_heads", None)
+        return runtime.layout.constrain(k, *dims), runtime.layout.constrain(v, *dims)
+
+    def of_source(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, runtime: Runtime, cache: LayerCache | None
+    ) -> Float[Array, "B T D"]:
+        config, source, layout = self.config, tokens.source, runtime.layout
+        assert source is not None
+        cached = None if cache is None else cache.source
+        k, v = self.keys(source.x_BSD, runtime) if cached is None else cached
+        q = self._normed(self.query_norm, self.query(x_BTD, runtime), runtime)
+        q = layout.constrain(q, "batch", "sequence", "heads", None)
+        o_BTNH = attend(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            q_segments_BT=tokens.segments_BT,
+            kv_segments_BS=source.segments_BS,
+            q_positions_BT=tokens.positions_BT,
+            scale=config.query_scale or config.head_width**-0.5,
+            causal=False,
+            softcap=config.attention_softcap,
+            backend=runtime.attention,
+            mesh=layout.mesh,
+        )
+        return self.output(o_BTNH, runtime)
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the norms stand before, after or around each, or around the sums.
+    With an encoder, x + cross_attention(norm(x)) between the two.
 
     Beside x it returns the cache, and of a mixture of experts the load.
     """
@@ -174,6 +229,9 @@ class Block(nnx.Module):
         self.attention_norm, self.attention_post_norm = norm(before), norm(after)
         self.attention_sum_norm = norm(of_sum)
         self.attention = Attention(rngs, config)
+        reads = config.architecture == "encoder_decoder"
+        self.cross_norm, self.cross_post_norm = norm(reads and before), norm(reads and after)
+        self.cross = CrossAttention(rngs, config) if reads else None
         self.mlp_norm, self.mlp_post_norm, self.mlp_sum_norm = norm(before), norm(after), norm(of_sum)
         self.mlp = Experts(rngs, config) if config.experts else Mlp(rngs, config)
 
@@ -188,12 +246,16 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         noise: Noise | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Load | None]:
-        noises = [None if noise is None else noise.of(half) for half in range(2)]
+        noises = [None if noise is None else noise.of(part) for part in range(3)]
         a, cache = self.attention(
             self.attention_norm(x, runtime), tokens, runtime, window=window, turn=turn, cache=cache
         )
         a = checkpoint_name(a, "attention_out")
         x = self.attention_sum_norm(x + dropout(self.attention_post_norm(a, runtime), self.rate, noises[0]), runtime)
+        if self.cross is not None:
+            a = self.cross.of_source(self.cross_norm(x, runtime), tokens, runtime, cache)
+            a = checkpoint_name(a, "attention_out")
+            x = x + dropout(self.cross_post_norm(a, runtime), self.rate, noises[2])
         m, load = self.mlp_norm(x, runtime), None
         if isinstance(self.mlp, Experts):
             m, load = self.mlp(m, tokens.segments_BT, runtime, drop=cache is None)

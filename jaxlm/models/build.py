@@ -9,8 +9,10 @@ from flax import nnx
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.schema import ModelConfig, padded
+from jaxlm.models.block import Source
 from jaxlm.models.decoder import Cache, Decoder, Output
 from jaxlm.models.encoder import Encoder
+from jaxlm.models.encoder_decoder import EncoderDecoder
 from jaxlm.models.layers import Noise
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel.rules import Dims
@@ -19,8 +21,11 @@ Params = dict[str, Any]
 """Nested dict of arrays; the blocks' are stacked on a leading `layers` dim."""
 
 
-ARCHITECTURES: dict[str, type[Decoder]] = {"decoder": Decoder, "encoder": Encoder}
+ARCHITECTURES: dict[str, type[Decoder]] = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
 """What `model.architecture` names."""
+
+SOURCE = 2**20
+"""Number of the encoder's randomness, beyond those of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,8 @@ class Model:
         return nnx.to_pure_dict(nnx.split(_describe(self.config, self.vocabulary, nnx.Rngs(params=key)))[1])
 
     def hidden(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
-        """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`, and maybe `types`.
+        """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`, and maybe `types`; for
+        an encoder-decoder it has the first three of the source too, as `source_tokens` and so on.
 
         With a `key`, dropout is on; then the batch has `places` too, the number of each token in it.
         """
@@ -61,13 +67,22 @@ class Model:
             runtime,
             types_BT=batch.get("types"),
             noise=_noise(batch, key),
+            source=_source(decoder, batch, runtime, key),
         )
         return x_BTD, loads
 
     def decode(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, cache: Cache):
-        """As `hidden`, with the keys and values of earlier calls in `cache`; returns the cache too."""
+        """As `hidden`, with the keys and values of earlier calls in `cache`; returns the cache too. Of an
+        encoder-decoder the source is in the cache (`read_source`)."""
         decoder = nnx.merge(self.graph, params)
-        return decoder(batch["tokens"], batch["segment_ids"], batch["positions"], runtime, cache=cache)[:2]
+        source = Source(cache["source_segments"], None) if "source_segments" in cache else None
+        arrays = (batch["tokens"], batch["segment_ids"], batch["positions"])
+        return decoder(*arrays, runtime, cache=cache, source=source)[:2]
+
+    def read_source(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime) -> Cache:
+        """What the cache of an encoder-decoder holds of the source in `batch`."""
+        module = nnx.merge(self.graph, params)
+        return module.source_cache(_source(module, batch, runtime, None), runtime)
 
     def embed(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
         """What the first block reads [B, T, D]: where a pipeline begins."""
@@ -119,6 +134,16 @@ def _noise(batch: dict[str, jax.Array], key: jax.Array | None) -> Noise | None:
     return None if key is None else Noise(key, batch["places"])
 
 
+def _source(module: Decoder, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None) -> Source | None:
+    """What the encoder of `module` makes of the source in `batch`; None where it has no encoder."""
+    if not isinstance(module, EncoderDecoder):
+        return None
+    noise = None if key is None else Noise(jax.random.fold_in(key, SOURCE), batch["source_places"])
+    return module.read(
+        batch["source_tokens"], batch["source_segment_ids"], batch["source_positions"], runtime, noise=noise
+    )
+
+
 def _describe(config: ModelConfig, vocabulary: int, rngs: nnx.Rngs) -> Decoder:
     return ARCHITECTURES[config.architecture](rngs, config, padded(vocabulary))
 
@@ -149,5 +174,5 @@ def build(config: ModelConfig, tokenizer_vocabulary: int | None) -> Model:
         node = dims
         for part in path[:-1]:
             node = node.setdefault(str(part), {})
-        node[str(path[-1])] = ("layers", *own) if path[0] == "blocks" else own
+        node[str(path[-1])] = ("layers", *own) if "blocks" in path else own
     return Model(config=config, vocabulary=vocabulary, graph=graph, abstract=nnx.to_pure_dict(state), dims=dims)

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config.schema import ModelConfig
-from jaxlm.models.block import Block, Tokens
+from jaxlm.models.block import Block, Source, Tokens
 from jaxlm.models.layers import Linear, Noise, Norm, dropout, normal, parameter
+from jaxlm.models.relative import RelativeBias
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.models.stack import run_chunk, run_stack
@@ -22,7 +23,8 @@ from jaxlm.parallel.rules import axes_of
 from jaxlm.parallel.sequence import COPIES, PARTS
 
 Cache = dict[str, Any]
-"""k, v [L, B, S, K, H]; positions, segments [B, S] (segment -1: empty); length, the slots used."""
+"""k, v [L, B, S, K, H]; positions, segments [B, S] (segment -1: empty); length, the slots used. With an encoder also
+source_k, source_v [L, B, S, K, H] and source_segments [B, S], which stay as they are."""
 
 
 class Output(NamedTuple):
@@ -37,8 +39,8 @@ class Output(NamedTuple):
 class Embedding(nnx.Module):
     """A table of vectors, one a row."""
 
-    def __init__(self, rngs, rows: int, embed: int, dim: str | None):
-        self.embedding = parameter(rngs, (rows, embed), (dim, "embed"), normal(0.02))
+    def __init__(self, rngs, rows: int, embed: int, dim: str | None, std: float = 0.02):
+        self.embedding = parameter(rngs, (rows, embed), (dim, "embed"), normal(std))
 
     def __call__(self, rows_BT: Int[Array, "B T"], runtime: Runtime) -> Float[Array, "B T D"]:
         table_RD, layout = runtime.use(self.embedding), runtime.layout
@@ -74,18 +76,15 @@ class Decoder(nnx.Module):
 
     def __init__(self, rngs, config: ModelConfig, vocabulary: int):
         self.config = config
-        self.tokens = Embedding(rngs, vocabulary, config.embed, "vocab")
+        scaled = config.tied and config.architecture == "encoder_decoder"  # of which the output layer takes a part
+        self.tokens = Embedding(rngs, vocabulary, config.embed, "vocab", **({"std": 1.0} if scaled else {}))
         if config.positions == "learned":
             self.positions = Embedding(rngs, config.max_positions, config.embed, None)
+        elif config.positions == "relative":
+            self.positions = RelativeBias(rngs, config)
         if config.token_types:
             self.types = Embedding(rngs, config.token_types, config.embed, None)
-
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap(in_axes=(0,), out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(rngs, config)
-
-        self.blocks = stack(rngs)
+        self.blocks = stacked(rngs, config)
         if config.norm_placement == "sum":  # the last block's sum has its norm, and so has the embedding
             self.embed_norm = Norm(rngs, config, size=config.embed)
         else:
@@ -103,14 +102,23 @@ class Decoder(nnx.Module):
         types_BT: Int[Array, "B T"] | None = None,
         noise: Noise | None = None,
         cache: Cache | None = None,
+        source: Source | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, Load | None]:
         """Hidden states after the final norm, the cache with this call's keys and values in it, and the loads [L, ...]
-        of a mixture of experts."""
+        of a mixture of experts. The source is what an encoder has read."""
         x = self.embed(tokens_BT, positions_BT, runtime, types_BT=types_BT, noise=noise)
-        where = Tokens(positions_BT, segments_BT)
+        where = Tokens(positions_BT, segments_BT, source=source)
         if cache is not None:
             cache = _append_tokens(cache, positions_BT, segments_BT)
-            where = Tokens(positions_BT, segments_BT, cache["positions"], cache["segments"])
+            where = where._replace(kv_positions_BS=cache["positions"], kv_segments_BS=cache["segments"])
+        if self.config.positions == "relative":
+            length = tokens_BT.shape[1]
+            bias_BNTS = (
+                self.positions.of_sequence(length, runtime)
+                if cache is None
+                else self.positions.between(positions_BT, cache["positions"], runtime)
+            )
+            where = where._replace(bias_BNTS=bias_BNTS)
         x, cache, loads = run_stack(self.blocks, self.config, x, where, runtime, noise=noise, cache=cache)
         return self.finish(x, runtime), cache, loads
 
@@ -166,6 +174,17 @@ class Decoder(nnx.Module):
         if self.config.tied:
             return Output(runtime.use(self.tokens.embedding), True, None)
         return Output(runtime.use(self.head.kernel), False, None)
+
+
+def stacked(rngs, config: ModelConfig) -> Block:
+    """All blocks of a stack; their parameters have a leading `layers` dim."""
+
+    @nnx.split_rngs(splits=config.layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(rngs: nnx.Rngs) -> Block:
+        return Block(rngs, config)
+
+    return stack(rngs)
 
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> Cache:

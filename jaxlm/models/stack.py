@@ -47,7 +47,7 @@ def run_stack(
 
     def apply(i: int, picked: bool, params, x: jax.Array, layer: jax.Array, kv) -> tuple[jax.Array, Any]:
         block, window = nnx.merge(graph, params), windows[i % period]
-        layer_cache = None if kv is None else LayerCache(kv[0], kv[1], start)
+        layer_cache = None if kv is None else LayerCache(*kv[:2], start, kv[2:] or None)
         own_noise = None if noise is None else noise.of(layer)
         # Picking happens where weights are used: slices made out here would be kept, whole, for the backward pass.
         own = replace(runtime, pick=i) if picked else runtime
@@ -71,7 +71,9 @@ def run_stack(
             outs.append(out)
         return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
-    kv = None if cache is None else (cache["k"], cache["v"])
+    kv = None
+    if cache is not None:
+        kv = tuple(cache[name] for name in ("k", "v", "source_k", "source_v") if name in cache)
     xs = (stacked, jnp.arange(config.layers, dtype=jnp.int32), kv)
     main = jax.tree.map(lambda a: _periods(a[:whole] if whole < config.layers else a, period), xs)
     x, out = jax.lax.scan(turn, x, main, unroll=_unroll(config, runtime))

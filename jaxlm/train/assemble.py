@@ -123,6 +123,8 @@ def assemble(
 
 def _layout(config: RunConfig, mesh: Mesh, variant: str) -> rules.Layout:
     asked = config.context.sequence_parallel
+    if config.model.architecture == "encoder_decoder":
+        asked = "off"
     if asked == "auto":
         # A CPU's simulated devices have one memory and no network: cutting costs and saves nothing.
         fits = config.data.sequence_length % (mesh.shape["context"] * mesh.shape["model"]) == 0
@@ -143,4 +145,5 @@ def _choose_attention(
         softcap=model.attention_softcap,
         compute_capability=str(device.compute_capability) if device.platform == "gpu" else None,
         context=config.context.method if cut else None,
+        biased=model.positions == "relative",
     )

@@ -347,7 +347,7 @@ class Run:
         if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
             self._evaluate(step, state)
         self._enter("end", step)
-        if self.config.eval.sample_tokens and self.config.model.causal:
+        if self.config.eval.sample_tokens and self.config.model.architecture == "decoder":
             with self.clock.within("eval"):
                 text = write_sample(self.assembly, self.corpora.tokenizer, state["params"], self.folder, step)
             self.progress.say(f"sample after step {step}:\n{text}\n")

@@ -2,8 +2,16 @@
 
 import time
 
+from jaxlm.config.schema import RunConfig
+from jaxlm.data.spans import target_length
 from jaxlm.metrics import flops
 from jaxlm.train.assemble import Assembly
+
+
+def written_share(config: RunConfig) -> float:
+    """Tokens that a decoder writes for each that its encoder reads."""
+    length = config.data.sequence_length
+    return target_length(length, config.data.noise) / length if config.objective == "spans" else 1.0
 
 
 class Meter:
@@ -15,8 +23,9 @@ class Meter:
         dtype = str(assembly.runtime.dtype)
         length = config.data.sequence_length
         arguments = (config.model, model.vocabulary, length)
-        self.formula = flops.explain(*arguments, device.device_kind, dtype)
-        self._flops = flops.flops_per_token(*arguments)
+        share = written_share(config)
+        self.formula = flops.explain(*arguments, device.device_kind, dtype, share)
+        self._flops = flops.flops_per_token(*arguments, share)
         self._peak = flops.peak_flops(device.device_kind, dtype)
         self._devices = assembly.runtime.layout.mesh.size
         self._tokens = config.data.batch_size * length

@@ -123,7 +123,7 @@ def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformatio
 
     def label(path: tuple, _: Any) -> str:
         names = [key.key for key in path]
-        return "experts" if "experts" in names else "layers" if names[0] == "blocks" else "rest"
+        return "experts" if "experts" in names else "layers" if "blocks" in names else "rest"
 
     def parted(tree: Any) -> optax.GradientTransformationExtraArgs:
         labels = jax.tree_util.tree_map_with_path(label, tree)
@@ -141,7 +141,7 @@ def _matrix_dims(params: Any) -> Any:
 
     def dims(path: tuple, leaf: Any) -> contrib.MuonDimensionNumbers | None:
         names = [key.key for key in path]
-        if names[0] != "blocks" or names[-1] != "kernel":
+        if "blocks" not in names or names[-1] != "kernel":
             return None
         stacked = 2 if "experts" in names else 1
         inputs = stacked + (2 if names[-2] == "output" else 1)

@@ -14,6 +14,7 @@ from jaxlm.metrics import flops
 from jaxlm.parallel import mesh as meshes
 from jaxlm.train.assemble import assemble
 from jaxlm.train.explain import explain, memory, placed
+from jaxlm.train.meter import written_share
 from jaxlm.train.picture import sharding_map
 
 
@@ -38,7 +39,7 @@ def preview(config: RunConfig, *, full: bool) -> None:
     console.print(f"mesh {spec}, compiled in {time.perf_counter() - began:.1f} s")
     device = mesh.devices.flat[0]
     arguments = (config.model, assembly.model.vocabulary, config.data.sequence_length)
-    console.print(flops.explain(*arguments, device.device_kind, str(assembly.runtime.dtype)))
+    console.print(flops.explain(*arguments, device.device_kind, str(assembly.runtime.dtype), written_share(config)))
     if not full:
         memory(assembly.plan, compiled, console)
         return

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.config.schema import RunConfig
+from jaxlm.data.spans import target_length
 from jaxlm.models.build import Model
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
@@ -33,6 +34,9 @@ BATCH_DTYPES = {
 }
 """The arrays of a batch, [B, T] each; `data.loader` makes them."""
 
+SOURCE_DTYPES = {"source_tokens": "int32", "source_segment_ids": "int32", "source_positions": "int32"}
+"""And those of what an encoder-decoder reads, [B, S] each."""
+
 SCALE_GROWTH_STEPS = 1000
 """Finite steps after which a dynamic loss scale doubles."""
 
@@ -40,8 +44,14 @@ SCALE_GROWTH_STEPS = 1000
 def abstract_batch(config: RunConfig, runtime: Runtime) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding of each array of a batch."""
     sharding = runtime.layout.sharding(("batch", "sequence"))
-    shape = (config.data.batch_size, config.data.sequence_length)
-    return {k: jax.ShapeDtypeStruct(shape, jnp.dtype(d), sharding=sharding) for k, d in BATCH_DTYPES.items()}
+    rows, length = config.data.batch_size, config.data.sequence_length
+
+    def arrays(dtypes: dict[str, str], length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {k: jax.ShapeDtypeStruct((rows, length), jnp.dtype(d), sharding=sharding) for k, d in dtypes.items()}
+
+    if config.objective != "spans":
+        return arrays(BATCH_DTYPES, length)
+    return arrays(BATCH_DTYPES, target_length(length, config.data.noise)) | arrays(SOURCE_DTYPES, length)
 
 
 def loss_sums(
@@ -158,9 +168,7 @@ def train_step(
         key = None
         if model.config.dropout:
             key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state["step"])
-            tokens = batch["tokens"]
-            places = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
-            batch = batch | {"places": runtime.layout.constrain(places, "batch", "sequence")}
+            batch = batch | _places(batch, runtime)
         batch = runtime.arrange(batch)
         grads, total, count, loads = gradients(
             model, params, batch, runtime, config, key=key, scale=scale, shardings=plan.gradients
@@ -195,6 +203,16 @@ def train_step(
         return new, metrics
 
     return step
+
+
+def _places(batch: Batch, runtime: Runtime) -> Batch:
+    """The number of each token in the batch, and in its source where it has one."""
+    made = {}
+    for of, name in (("tokens", "places"), ("source_tokens", "source_places")):
+        if of in batch:
+            places = jnp.arange(batch[of].size, dtype=jnp.int32).reshape(batch[of].shape)
+            made[name] = runtime.layout.constrain(places, "batch", "sequence")
+    return made
 
 
 def _next_scale(scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax.Array]:

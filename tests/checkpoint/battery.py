@@ -20,7 +20,7 @@ from jaxlm.checkpoint.matching import flat, matches
 from jaxlm.checkpoint.store import Store
 from jaxlm.config import mesh_spec
 from jaxlm.config.load import IMPORTED, read_file
-from jaxlm.config.schema import OptimizerConfig, RunConfig
+from jaxlm.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from jaxlm.generate.decode import generate
 from jaxlm.models import families
 from jaxlm.models.build import Model, Params, build
@@ -42,6 +42,8 @@ ADAMW = OptimizerConfig(
 are what rounding left, and of which Adam's first step would make learning_rate x sign."""
 LENGTHS = (24, 17, 9)
 """Tokens of the rows of a batch; the rest is padding."""
+SOURCE_LENGTHS = (11, 160, 90)
+"""And of what an encoder-decoder has read, longer than the distances that it tells apart."""
 PROMPTS, NEW_TOKENS = 20, 12
 
 
@@ -60,7 +62,7 @@ class Pair:
         layout = rules.layout(mesh, kv_heads=self.config.model.key_value_heads)
         self.runtime = Runtime(layout=layout)
         self.params = _restored(self.run, self.model)
-        self.batch = _batch(self.model.vocabulary, seed, self.config.model.token_types)
+        self.batch = _batch(self.config.model, seed)
 
     def outputs(self) -> dict[str, float]:
         """Errors of logits, loss and gradients, and the leaf whose gradient is worst."""
@@ -98,7 +100,7 @@ class Pair:
         for name in self._without_gradient_theirs:  # what rounding leaves there Adam would make a step of
             size = named[name].grad.shape[0] // 3
             named[name].grad[slice(size, 2 * size) if name.endswith("c_attn.bias") else ...] = 0
-        places = ("wpe", "position_embeddings")
+        places = ("wpe", "position_embeddings", "relative_attention_bias")
         decayed = [p for name, p in named.items() if p.ndim > 1 and not any(word in name for word in places)]
         others = [p for name, p in named.items() if p.ndim < 2 or any(word in name for word in places)]
         groups = [{"params": decayed, "weight_decay": ADAMW.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -189,9 +191,13 @@ class Pair:
         import torch
 
         ids, mask = torch.tensor(self.batch["tokens"]).long(), torch.tensor(self.batch["segment_ids"])
-        if self.config.model.causal:
+        if self.config.model.architecture == "decoder":
             return self.theirs(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
         labels = torch.tensor(np.where(self.batch["loss_mask"] > 0, self.batch["targets"], -100)).long()
+        if "source_tokens" in self.batch:
+            source = torch.tensor(self.batch["source_tokens"]).long()
+            seen = torch.tensor(self.batch["source_segment_ids"])
+            return self.theirs(input_ids=source, attention_mask=seen, decoder_input_ids=ids, labels=labels)
         types = torch.tensor(self.batch["types"]).long()
         return self.theirs(input_ids=ids, attention_mask=mask, token_type_ids=types, labels=labels)
 
@@ -235,18 +241,28 @@ def _random(given: dict[str, Any], seed: int) -> Any:
     torch.manual_seed(seed)
     auto = _auto_class(families.of_config(given).architecture)
     model = auto.from_config(config, attn_implementation="eager").eval()
+    if given.get("tie_word_embeddings") is False and "lm_head.weight" in (
+        getattr(model, "_tied_weights_keys", None) or {}
+    ):
+        # What transformers 5 makes anew of a T5 is tied whatever its config.json says; what it reads is not.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.all_tied_weights_keys.pop("lm_head.weight", None)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+        if getattr(config, "scale_decoder_outputs", False):
+            model.shared.weight.mul_(config.d_model**0.5)
     return model
 
 
 def _auto_class(architecture: str) -> Any:
     import transformers
 
+    if "ConditionalGeneration" in architecture:
+        return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForMaskedLM if "MaskedLM" in architecture else transformers.AutoModelForCausalLM
 
 
@@ -255,16 +271,21 @@ def _restored(run: Path, model: Model) -> Params:
         return store.restore(0, {"params": model.abstract})["params"]
 
 
-def _batch(vocabulary: int, seed: int, token_types: int) -> dict[str, np.ndarray]:
+def _batch(model: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """Rows of LENGTHS tokens, and padding behind them; the targets are the tokens one on, or where tokens are of types,
-    any at some places."""
-    rng = np.random.default_rng(seed)
+    any at some places. An encoder-decoder has read a source of another length."""
+    rng, vocabulary, token_types = np.random.default_rng(seed), model.vocabulary, model.token_types
     tokens = rng.integers(0, vocabulary, (len(LENGTHS), max(LENGTHS))).astype(np.int32)
     places = np.broadcast_to(np.arange(max(LENGTHS), dtype=np.int32), tokens.shape)
     real = (places < np.asarray(LENGTHS)[:, None]).astype(np.int32)
     targets = np.roll(tokens, -1, axis=1)
     mask = (places < np.asarray(LENGTHS)[:, None] - 1).astype(np.float32)
     batch = {"tokens": tokens, "segment_ids": real, "positions": places * real, "targets": targets, "loss_mask": mask}
+    if model.architecture == "encoder_decoder":
+        source = rng.integers(0, vocabulary, (len(SOURCE_LENGTHS), max(SOURCE_LENGTHS))).astype(np.int32)
+        places = np.broadcast_to(np.arange(source.shape[1], dtype=np.int32), source.shape)
+        real = (places < np.asarray(SOURCE_LENGTHS)[:, None]).astype(np.int32)
+        return batch | {"source_tokens": source, "source_segment_ids": real, "source_positions": places * real}
     if not token_types:
         return batch
     hidden = ((rng.random(tokens.shape) < 0.3) & (real > 0)).astype(np.float32)

@@ -28,6 +28,10 @@ BERT = {
     **{"max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"},
 }
 PAD = {"pad_token_id": 1}
+T5 = {
+    **{"vocab_size": 301, "d_model": 48, "d_kv": 10, "d_ff": 52, "num_layers": 3, "num_heads": 6},
+    **{"pad_token_id": 0, "is_encoder_decoder": True},
+}
 ONE = {"num_key_value_heads": 1, "num_hidden_layers": 1}
 
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -116,6 +120,17 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "as published": {**BERT, "max_position_embeddings": 66, "type_vocab_size": 1, "layer_norm_eps": 1e-5, **PAD},
         "two kinds of tokens": {**BERT, "max_position_embeddings": 26, "num_hidden_layers": 2, **PAD},
     },
+    "t5": {
+        "v1.0": {**T5, "feed_forward_proj": "relu", "tie_word_embeddings": True},
+        "v1.1": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        "gate, tied, a vocabulary without padding": {
+            **{**T5, "vocab_size": 128, "d_model": 30, "num_layers": 1, "num_heads": 5, "d_kv": 6},
+            **{"feed_forward_proj": "gated-silu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+        },
+        "no gate, an output layer of its own": {
+            **{**T5, "num_layers": 2, "feed_forward_proj": "gelu_new", "tie_word_embeddings": False},
+        },
+    },
 }
 """Family -> shape -> fields. The first shape of a family is in the default suite."""
 
@@ -127,7 +142,7 @@ def config_json(family: str, shape: str) -> dict[str, Any]:
     fields = SHAPES[family][shape]
     if family in ("mistral", "mixtral"):
         fields = {"sliding_window": None, **fields}
-    if family not in ("gpt2", "bert", "roberta", *ACTIVATIONS):
+    if family not in ("gpt2", "bert", "roberta", "t5", *ACTIVATIONS):
         fields = {"hidden_act": "silu", **fields}
     return {"model_type": family, **fields}
 

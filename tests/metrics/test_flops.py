@@ -146,6 +146,22 @@ def test_bert_by_hand():
     assert "attention = " in explain(BERT, 30522, 512, "cpu", "float32")
 
 
+def test_an_encoder_decoder_by_hand():
+    """T5 small: a token that is read goes through the encoder, and each layer of the decoder makes keys of it."""
+    t5 = ModelConfig(
+        architecture="encoder_decoder", positions="relative", layers=6, embed=512, heads=8, head_size=64, mlp=2048,
+        norm="rms", biases=(), query_scale=1.0, activation="relu",
+    )  # fmt: skip
+    assert parameter_count(t5, 32128) == 60_506_624  # the published count
+    attention, mlp = 4 * 512 * 512, 2 * 512 * 2048
+    read = 6 * (attention + mlp + 2 * 512 * 512)
+    written = 6 * (attention + mlp + 2 * 512 * 512) + 512 * 32128
+    assert matmul_parameters(t5, 32128, 0.25) == read + written / 4
+    keys = 512 + 128 / 4 / 2 + 512 / 4  # of the encoder, of the decoder itself, of the source
+    assert attention_flops_per_token(t5, 512, 0.25) == 12 * 512 * 6 * keys
+    assert "0.250 tokens written for each read" in explain(t5, 32128, 512, "cpu", "float32", 0.25)
+
+
 def test_explain_shows_the_arithmetic_and_the_peak():
     line = explain(GPT2, 50257, 1024, "NVIDIA H200", "bfloat16")
     assert "6 x 123.5M" in line and "= 797.8 MFLOP a token" in line and "peak 989 TFLOP/s" in line
@@ -162,6 +178,9 @@ def test_explain_shows_the_arithmetic_and_the_peak():
         {"biases": ("qkv", "mlp"), "positions": "none", "mlp": 100},
         {"architecture": "encoder", "norm_placement": "sum", "token_types": 2},
         {"architecture": "encoder", "norm": "rms", "tied": False},
+        {"architecture": "encoder_decoder", "positions": "relative", "norm": "rms", "biases": (), "head_size": 48},
+        {"architecture": "encoder_decoder", "positions": "relative", "norm_placement": "sandwich", "tied": False},
+        {"architecture": "encoder_decoder", "positions": "relative", "kv_heads": 2, "qk_norm": "head", "gated": True},
     ],
 )
 def test_parameter_count_is_that_of_the_model_built(change):

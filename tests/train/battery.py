@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlm.config.mesh_spec import parse
 from jaxlm.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from jaxlm.data.spans import target_length
 from jaxlm.parallel import mesh as meshes
 from jaxlm.train import optimizer as optimizers
 from jaxlm.train import step as steps
@@ -44,7 +45,23 @@ MOE_CAPPED = dataclasses.replace(
 BERT = dataclasses.replace(
     GPT, architecture="encoder", norm_placement="sum", token_types=2, activation="gelu", norm_epsilon=1e-12
 )
-STYLES = {"gpt": GPT, "llama": LLAMA, "moe": MOE, "moe_shared": MOE_SHARED, "moe_capped": MOE_CAPPED, "bert": BERT}
+T5 = ModelConfig(
+    architecture="encoder_decoder",
+    layers=2,
+    embed=128,
+    heads=4,
+    head_size=16,
+    mlp=256,
+    gated=True,
+    norm="rms",
+    positions="relative",
+    query_scale=1.0,
+    biases=(),
+)
+STYLES = {
+    **{"gpt": GPT, "llama": LLAMA, "moe": MOE, "moe_shared": MOE_SHARED, "moe_capped": MOE_CAPPED, "bert": BERT},
+    "t5": T5,
+}
 
 
 class Result(NamedTuple):
@@ -76,7 +93,7 @@ def configuration(style: str | ModelConfig, optimizer: str = "adamw", **changes:
     model = STYLES[style] if isinstance(style, str) else style
     config = RunConfig(
         model=dataclasses.replace(model, vocabulary=VOCABULARY),
-        data=DataConfig(sequence_length=32, batch_size=16, noise=0.0 if model.causal else 0.15),
+        data=DataConfig(sequence_length=32, batch_size=16, noise=0.0 if model.architecture == "decoder" else 0.15),
         optimizer=OptimizerConfig(name=optimizer, learning_rate=3e-4, warmup_steps=0),
         train=TrainConfig(steps=10),
     )
@@ -96,15 +113,23 @@ def build(config: RunConfig, mesh: str) -> Assembly:
 
 def batch(config: RunConfig, seed: int) -> dict[str, np.ndarray]:
     """Packed rows of random tokens: documents, padding, and masks that leave the rows very unequal."""
-    random = np.random.default_rng(seed)
     size, length = config.data.batch_size, config.data.sequence_length
+    random, vocabulary = np.random.default_rng(seed), config.model.vocabulary
+    if config.objective != "spans":
+        return rows(random, size, length, vocabulary)
+    source = rows(random, size, length, vocabulary)
+    written = rows(random, size, target_length(length, config.data.noise), vocabulary)
+    return written | {f"source_{name}": source[name] for name in ("tokens", "segment_ids", "positions")}
+
+
+def rows(random: np.random.Generator, size: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """Packed rows of one sequence."""
     cuts = np.sort(random.integers(1, length, (size, 2)), axis=1)
     at = np.arange(length)[None]
     segments = 1 + (at >= cuts[:, :1]) + (at >= cuts[:, 1:])
     segments = np.where((segments == 3) & (np.arange(size)[:, None] % 3 == 0), 0, segments)
     starts = np.where(segments == 1, 0, np.where(segments == 2, cuts[:, :1], cuts[:, 1:]))
     kept = random.random((size, length)) < np.linspace(1.0, 0.05, size)[:, None]
-    vocabulary = config.model.vocabulary
     return {
         "tokens": random.integers(0, vocabulary, (size, length)).astype(np.int32),
         "targets": random.integers(0, vocabulary, (size, length)).astype(np.int32),

@@ -126,6 +126,11 @@ ENCODED = (
     *("dp2,fsdp2,tp2", "fsdp2,cp2,tp2", "pp2,dp2,tp2", "pp2,fsdp2,tp2"),
 )
 """Meshes on which an encoder is compared too."""
+ENCODED_AND_DECODED = (
+    *("dp1", "rep2", "dp2", "dp4", "fsdp2", "fsdp4", "fsdp8", "tp2", "rep2,dp2", "dp2,fsdp2", "dp4,fsdp2", "dp2,tp2"),
+    *("fsdp2,tp2", "fsdp4,tp2", "dp2,tp4", "rep2,dp2,tp2", "dp2,fsdp2,tp2"),
+)
+"""And an encoder-decoder: those without sequence parallelism, pp, cp and ep."""
 EXPERTS_WHOLE = ("dp4", "fsdp2,tp2", "cp2", "pp2", "pp2,dp2,tp2")
 """Meshes without ep on which mixtures of experts train too."""
 
@@ -175,6 +180,7 @@ def _rows() -> Iterator[Row]:
         styles = ["moe"] if sizes["ep"] > 1 else [*DENSE, *(["moe"] if mesh in EXPERTS_WHOLE else [])]
         styles += [style for style, meshes in OTHER_EXPERTS.items() if mesh in meshes]
         styles += ["bert"] if mesh in ENCODED else []
+        styles += ["t5"] if mesh in ENCODED_AND_DECODED else []
         for style in styles:
             if style in STYLES:
                 yield from (Row(mesh, style, schedule) for schedule in (SCHEDULES if sizes["pp"] > 1 else (None,)))

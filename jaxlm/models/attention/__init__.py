@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxlm.config.errors import UserError
+from jaxlm.models.attention import xla
 from jaxlm.models.attention.kernels import cudnn_attention, splash_attention
 from jaxlm.models.attention.reference import reference_attention, visible
 from jaxlm.models.attention.ring import Terms, can_permute, ring_attention
@@ -35,6 +36,7 @@ def attend(
     causal: bool = True,
     window: int = 0,
     softcap: float | None = None,
+    bias_BNTS: Float[Array, "#B N T S"] | None = None,
     backend: str,
     mesh: Mesh | None = None,
     context: str = "ring",
@@ -47,29 +49,41 @@ def attend(
     head n // (N / K).
 
     Without `kv_segments_BS` and `kv_positions_BS` this is self-attention: T equals S and, within a segment, positions
-    count up by one from token to token, which lets every backend skip what causality hides. With them it is attention
-    to a cache, in any order of positions, by reference or xla.
+    count up by one from token to token, which lets every backend skip what causality hides. With both it is attention
+    to a cache, in any order of positions, and with `kv_segments_BS` alone to another sequence, which is not causal:
+    those by reference or xla.
 
-    Logits become softcap * tanh(logits / softcap) before the mask. Statistics are float32 in every backend; the output
+    Logits become softcap * tanh(logits / softcap), and `bias_BNTS` is added, before the mask; reference and xla know
+    biases, of a sequence those that are the same for all rows. Statistics are float32 in every backend; the output
     has q's dtype. `mesh` may be None on one device; its "model" axis shards the heads, its "context" axis the tokens of
     self-attention by the method `context`: "ring" and "allgather" expect them in the order of `parallel.zigzag`,
     "ulysses" in their own. `interpret` is for tests.
     """
-    cached = kv_segments_BS is not None
-    if cached != (kv_positions_BS is not None):
-        raise ValueError("attend: give both kv_segments_BS and kv_positions_BS (a cache) or neither (self-attention)")
+    cached, other = kv_positions_BS is not None, kv_segments_BS is not None
+    if (cached and not other) or (other and not cached and causal):
+        raise ValueError("attend: kv_segments_BS come with kv_positions_BS (a cache) or without causality (a sequence)")
     if window and not causal:
         raise ValueError(f"attend: a window of {window} counts back from a query, and this attention is not causal")
     q_heads, tp = q_BTNH.shape[2], parts(mesh, HEAD_AXIS)
     if cached or backend == "reference":
         k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
         kv_segments = q_segments_BT if kv_segments_BS is None else kv_segments_BS
-        kv_positions = q_positions_BT if kv_positions_BS is None else kv_positions_BS
+        kv_positions = kv_positions_BS if other else q_positions_BT
         visible_BTS = visible(q_segments_BT, kv_segments, q_positions_BT, kv_positions, window, causal)
         if backend not in ("reference", "xla"):
             raise UserError(f"attention {backend}: it cannot read a key-value cache; use --attention=auto")
         run = reference_attention if backend == "reference" else xla_attention
-        return run(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=scale, softcap=softcap)
+        return run(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=scale, softcap=softcap, bias_BNTS=bias_BNTS)
+    if other or bias_BNTS is not None:
+        if backend != "xla" or parts(mesh, SEQUENCE_AXIS) > 1:
+            raise UserError(
+                f"attention {backend}: it knows one sequence and no bias; use --attention=auto on a mesh without cp"
+            )
+        k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
+        kv_segments = q_segments_BT if kv_segments_BS is None else kv_segments_BS
+        bias_NTS = None if bias_BNTS is None else bias_BNTS.squeeze(0)
+        terms = xla.Terms(scale, window, softcap, causal)
+        return xla.xla_sequence_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments, bias_NTS, terms)
     local = _whole_sequence(backend, scale, causal, window, softcap, interpret)
     cuts = parts(mesh, SEQUENCE_AXIS)
     if cuts > 1 and context == "ulysses":

@@ -27,18 +27,23 @@ def choose(
     compute_capability: str | None = None,
     cached: bool = False,
     context: str | None = None,
+    biased: bool = False,
 ) -> Choice:
     """Resolve "auto" to the fastest backend that can run, and check one that was asked for by name.
 
     `platform` is "cpu", "gpu" or "tpu"; `compute_capability` is the GPU's, as JAX gives it ("9.0"; unknown: None);
     `cached` is decoding, where queries meet the keys of a cache; `context` the method by which attention reaches across
-    a sequence that is cut over devices. Raises UserError with the reason and the cure.
+    a sequence that is cut over devices; `biased` whether relative positions are added to the logits. Raises UserError
+    with the reason and the cure.
     """
     obstacles: dict[str, str | None] = {
         "cudnn": _cudnn_obstacle(platform, compute_capability, compute_dtype, head_size, sequence_length, softcap),
         "splash": _splash_obstacle(platform, sequence_length),
     }
-    if cached:
+    if biased:
+        none = "it has no bias for relative positions (--model.positions)"
+        obstacles = {name: obstacle or none for name, obstacle in obstacles.items()}
+    elif cached:
         obstacles = {name: obstacle or "it cannot read a key-value cache" for name, obstacle in obstacles.items()}
     elif context is not None:
         for name in ("reference",) if context == "ulysses" else ("reference", "cudnn", "splash"):

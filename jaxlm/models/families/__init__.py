@@ -19,6 +19,7 @@ from jaxlm.models.families import (
     qwen3,
     qwen3_moe,
     roberta,
+    t5,
 )
 from jaxlm.models.families.family import Family
 
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": qwen3_moe.FAMILY,
     "bert": bert.FAMILY,
     "roberta": roberta.FAMILY,
+    "t5": t5.FAMILY,
 }
 """By the `model_type` of config.json."""
 
@@ -67,5 +69,6 @@ def of_model(model: ModelConfig) -> Family:
             refused[family.name] = str(error)
         else:
             return family
-    nearest = "bert" if model.architecture == "encoder" else "gpt2" if model.positions == "learned" else "llama"
+    nearest = {"encoder": "bert", "encoder_decoder": "t5"}.get(model.architecture)
+    nearest = nearest or ("gpt2" if model.positions == "learned" else "llama")
     raise UserError(f"no family of Hugging Face has all of this model ({refused[nearest]})")

@@ -51,6 +51,7 @@ TRAINING = frozenset(
     {
         *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout", "hidden_dropout"),
         *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+        "dropout_rate",
         *("router_aux_loss_coef", "router_jitter_noise"),
     }
 )
@@ -106,6 +107,8 @@ class Row(NamedTuple):
     """Theirs is [outputs, inputs] (torch's Linear), ours inputs first."""
     inputs: int = 1
     """Dims of ours, after layers and experts, that are inputs; those together are one dim of theirs."""
+    gated: bool | None = None
+    """Of models with a gate in the feed-forward layer alone, or of those without (None: of all)."""
     first: int = 0
     """The row of theirs that is our first; those before it are our last."""
 
@@ -135,7 +138,7 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Endings of tensors in files of old, and what they are called now."""
     repeats: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that files of tied models may hold besides, and the one that each of them repeats."""
+    """Tensors that files may hold besides, and the one that each of them repeats."""
     head: tuple[str, ...] = ()
     """Beginnings of parameters of ours that files of a model without its output layer lack."""
     aside: tuple[str, ...] = ()
@@ -183,7 +186,7 @@ class Family:
     @property
     def base(self) -> str:
         """The class without the output layer."""
-        return re.sub("ForCausalLM|LMHeadModel|ForMaskedLM", "Model", self.architecture)
+        return re.sub("ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration", "Model", self.architecture)
 
 
 def unlike(a: ModelConfig, b: ModelConfig) -> list[tuple[str, Any, Any]]:
