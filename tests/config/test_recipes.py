@@ -31,6 +31,7 @@ PARAMETERS = {
     "qwen3_30b_a3b_fsdp8ep8_h100": 30_532_122_624,
     "qwen3_596m_dp1_h200": 596_049_920,
     "roberta_base_dp8_h100": 124_697_433,
+    "t5_v1_1_base_dp8_h100": 247_577_856,
 }
 """Recipe of a published model -> its parameters."""
 
@@ -47,6 +48,7 @@ OF_FAMILY = {
     "qwen3_moe": ("qwen3_30b_a3b_fsdp8ep8_h100", "Qwen3-30B-A3B"),
     "bert": ("bert_base_dp8_h100", "bert-base-uncased"),
     "roberta": ("roberta_base_dp8_h100", "roberta-base"),
+    "t5": ("t5_v1_1_base_dp8_h100", "t5-v1_1-base"),
 }
 """Family of Hugging Face -> a recipe of it, and the published model that has the same config.json."""
 

@@ -171,6 +171,29 @@ PUBLISHED = {
         },
         {"architecture": "encoder", "norm_epsilon": 1e-5, "token_types": 1, "max_positions": 514},
     ),
+    "t5-small": (
+        60_506_624,
+        {
+            **{"architectures": ["T5ForConditionalGeneration"], "d_ff": 2048, "d_kv": 64, "d_model": 512},
+            **{"decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1, "initializer_factor": 1.0},
+            **{"is_encoder_decoder": True, "layer_norm_epsilon": 1e-06, "model_type": "t5", "n_positions": 512},
+            **{"num_heads": 8, "num_layers": 6, "output_past": True, "pad_token_id": 0, "vocab_size": 32128},
+            **{"relative_attention_num_buckets": 32, "task_specific_params": {"summarization": {"num_beams": 4}}},
+        },
+        {"architecture": "encoder_decoder", "activation": "relu", "gated": False, "tied": True, "query_scale": 1.0},
+    ),
+    "t5-v1_1-base": (
+        247_577_856,
+        {
+            **{"architectures": ["T5ForConditionalGeneration"], "d_ff": 2048, "d_kv": 64, "d_model": 768},
+            **{"decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1, "initializer_factor": 1.0},
+            **{"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True, "layer_norm_epsilon": 1e-06},
+            **{"model_type": "t5", "num_decoder_layers": 12, "num_heads": 12, "num_layers": 12, "output_past": True},
+            **{"pad_token_id": 0, "relative_attention_num_buckets": 32, "tie_word_embeddings": False},
+            **{"vocab_size": 32128},
+        },
+        {"architecture": "encoder_decoder", "activation": "gelu_tanh", "gated": True, "tied": False},
+    ),
 }
 """Model -> parameters, config.json as it is on Hugging Face, and some of what it says in our keys."""
 
