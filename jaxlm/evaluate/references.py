@@ -16,6 +16,7 @@ from jaxlm.evaluate.options import Options
 from jaxlm.evaluate.output import Say
 from jaxlm.generate.chat import Chat
 from jaxlm.generate.decode import Generator
+from jaxlm.generate.prompts import Prompts
 from jaxlm.generate.sampling import Sampling
 from jaxlm.generate.text import TextStream
 
@@ -44,9 +45,10 @@ def measure(options: Options, run: Opened, rows: int, say: Say, progress: Any) -
     """
     assert options.references is not None
     pairs = read(Path(options.references).expanduser())[: options.documents]
-    prompts = _prompts(options, run, [pair.prompt for pair in pairs])
+    prompts = Prompts(model=run.config.model, tokenizer=run.tokenizer, prefix=run.conventions.prefix)
+    ids = _prompts(options, run, prompts, [pair.prompt for pair in pairs])
     with progress("texts") as advance:
-        texts = _texts(options, run, prompts, rows, advance)
+        texts = _texts(options, run, prompts, ids, rows, advance)
     return score(texts, [pair.reference for pair in pairs]) | {"texts": texts}
 
 
@@ -95,21 +97,22 @@ def read(path: Path) -> list[Pair]:
     return pairs
 
 
-def _prompts(options: Options, run: Opened, texts: Sequence[str]) -> list[list[int]]:
-    ways, tokenizer = run.conventions, run.tokenizer
+def _prompts(options: Options, run: Opened, prompts: Prompts, texts: Sequence[str]) -> list[list[int]]:
     if not options.chat:
-        return [[*ways.prefix, *tokenizer.encode(text)] for text in texts]
-    chat = Chat(ways.template, ways.names)
-    return [tokenizer.encode_marked(chat.render([{"role": "user", "content": text}])) for text in texts]
+        return [prompts.encode(text) for text in texts]
+    chat = Chat(run.conventions.template, run.conventions.names)
+    return [run.tokenizer.encode_marked(chat.render([{"role": "user", "content": text}])) for text in texts]
 
 
-def _texts(options: Options, run: Opened, prompts: Sequence[list[int]], rows: int, advance: Any) -> list[str]:
-    """The greedy continuation of each prompt."""
-    generator, texts = Generator(run.model, run.runtime), [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+def _texts(
+    options: Options, run: Opened, prompts: Prompts, ids: Sequence[list[int]], rows: int, advance: Any
+) -> list[str]:
+    """What the model writes, greedily, to each of `ids`."""
+    generator, texts = Generator(run.model, run.runtime), [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     for first in range(0, len(order), rows):
         part = order[first : first + rows]
-        streams = [TextStream(run.tokenizer.decode, prompts[i], options.stop) for i in part]
+        streams = [prompts.stream(ids[i], options.stop) for i in part]
 
         def heard(row: int, token: int, streams: list[TextStream] = streams, part: list[int] = part) -> bool:
             texts[part[row]] += streams[row].push(token)
@@ -117,11 +120,12 @@ def _texts(options: Options, run: Opened, prompts: Sequence[list[int]], rows: in
 
         generator(
             run.params,
-            [prompts[i] for i in part],
+            [ids[i] for i in part],
             max_new_tokens=options.max_tokens,
             rule=Sampling(),
             eos_id=run.tokenizer.eos_id,
             stop_ids=run.conventions.stops,
+            start_id=prompts.start_id,
             on_token=heard,
         )
         for i, stream in zip(part, streams, strict=True):

@@ -3,7 +3,6 @@
 import io
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from jaxlm.config.schema import RunConfig
 if TYPE_CHECKING:
     from jaxlm.checkpoint.opened import Opened
     from jaxlm.generate.decode import Speed
+    from jaxlm.generate.prompts import Prompts
     from jaxlm.generate.sampling import Sampling
 
 
@@ -27,7 +27,7 @@ class GenerateConfig:
     run: str = "runs/default"
     """The run folder that training wrote."""
     prompt: str = ""
-    """Text to continue (default: the run's eval.prompt)."""
+    """Text to continue, or of an encoder-decoder to answer (default: the run's eval.prompt)."""
     prompt_file: str = ""
     """A file of prompts instead, one a line; in a .jsonl file each line is a JSON string, which may hold line ends
     (default: none)."""
@@ -47,6 +47,10 @@ class GenerateConfig:
     """Then draw among the fewest likeliest tokens that hold this much of the probability; 1 is all."""
     interactive: bool = False
     """Type prompts and read replies as they come; where the run's tokenizer has a chat template, a conversation."""
+    beams: int = 1
+    """Search the likeliest text with this many that go on together, with temperature 0; 1 is no search."""
+    length_penalty: float = 1.0
+    """A search ranks texts by log-probability over length to this power; more than 1 is for longer texts."""
     seed: int = 0
     """Seed of the draws: the same seed gives row i the same text on any mesh."""
     mesh: str = "dp1"
@@ -68,29 +72,35 @@ def main(argv: list[str]) -> None:
 
 def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: RunConfig) -> None:
     from jaxlm.checkpoint.opened import open_run
+    from jaxlm.generate import beams
     from jaxlm.generate.decode import Generator, check
+    from jaxlm.generate.prompts import Prompts
     from jaxlm.generate.sampling import Sampling
-    from jaxlm.generate.text import Output, TextStream
+    from jaxlm.generate.text import Output
 
     check(config.model)
-    rule = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    texts = _texts(options, config, greedy=rule.greedy)
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    rule = beams.rule(sampling, options.beams, options.length_penalty)
+    texts = _texts(options, config, greedy=sampling.greedy)
     run = open_run(folder, config, spec, options.step, note)
     note(run.describe())
     prefix = run.conventions.prefix if options.bos else ()
+    prompts = Prompts(model=config.model, tokenizer=run.tokenizer, prefix=prefix)
     if options.interactive:
-        _talk(options, run, rule, prefix)
+        _talk(options, run, sampling, prompts)
         return
-    prompts = [[*prefix, *run.tokenizer.encode(text)] for text in texts]
-    output = Output(texts, [TextStream(run.tokenizer.decode, prompt, options.stop) for prompt in prompts])
+    ids = [prompts.encode(text) for text in texts]
+    begun = [""] * len(texts) if prompts.answers else texts
+    output = Output(begun, [prompts.stream(each, options.stop) for each in ids])
     generator = Generator(run.model, run.runtime)
     generator(
         run.params,
-        prompts,
+        ids,
         max_new_tokens=options.max_tokens,
         rule=rule,
         eos_id=run.tokenizer.eos_id,
         stop_ids=run.conventions.stops,
+        start_id=prompts.start_id,
         on_token=output.push,
     )
     output.finish()
@@ -98,7 +108,7 @@ def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: Run
         note(_speed_line(generator.speed))
 
 
-def _talk(options: GenerateConfig, run: "Opened", rule: "Sampling", prefix: Sequence[int]) -> None:
+def _talk(options: GenerateConfig, run: "Opened", rule: "Sampling", prompts: "Prompts") -> None:
     from jaxlm.generate import talk
     from jaxlm.generate.chat import Chat
     from jaxlm.generate.decode import Generator
@@ -106,17 +116,17 @@ def _talk(options: GenerateConfig, run: "Opened", rule: "Sampling", prefix: Sequ
 
     ways = run.conventions
     chat = Chat(ways.template, ways.names) if ways.template is not None else None
-    kind = "a conversation, in the chat template of its tokenizer" if chat else "each message is a text to continue"
+    kind = f"each message is a text to {'answer' if prompts.answers else 'continue'}"
+    kind = "a conversation, in the chat template of its tokenizer" if chat else kind
     note(f"{kind}. {talk.HELP}")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     partner = talk.Talk(
         generator=Generator(run.model, run.runtime),
         params=run.params,
-        tokenizer=run.tokenizer,
+        prompts=prompts,
         rule=rule,
         max_new_tokens=options.max_tokens,
-        prefix=prefix,
         stop_ids=ways.stops,
         stops=options.stop,
         chat=chat,
@@ -138,6 +148,10 @@ def _texts(options: GenerateConfig, config: RunConfig, *, greedy: bool) -> list[
         raise UserError(f"--samples={options.samples} with --temperature=0 would all be the same; use --samples=1")
     if options.interactive and (options.prompt or options.prompt_file or options.samples > 1):
         raise UserError("--interactive reads prompts as you type them; leave out --prompt, --prompt-file and --samples")
+    if options.interactive and options.beams > 1:
+        raise UserError(
+            f"--interactive writes a reply as it is made, --beams={options.beams} knows it at its end; leave one out"
+        )
     if options.prompt and options.prompt_file:
         raise UserError("--prompt and --prompt-file are both given; use one")
     texts = [options.prompt or config.eval.prompt]

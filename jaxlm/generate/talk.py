@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxlm.config.errors import UserError
-from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.chat import Chat
 from jaxlm.generate.decode import Generator
+from jaxlm.generate.prompts import Prompts
 from jaxlm.generate.sampling import LARGEST, Sampling
-from jaxlm.generate.text import TextStream
 from jaxlm.models.build import Params
 
 Write = Callable[[str], None]
@@ -21,15 +20,14 @@ HELP = f"Enter sends; {QUOTES} begins and ends a message of several lines. Ctrl-
 
 @dataclass(kw_only=True)
 class Talk:
-    """With a chat template the messages are a conversation; without one each is a text to continue."""
+    """With a chat template the messages are a conversation; without one each is a text to continue or to answer."""
 
     generator: Generator
     params: Params
-    tokenizer: Tokenizer
+    prompts: Prompts
+    """Their prefix is of a text; a template brings its own."""
     rule: Sampling
     max_new_tokens: int
-    prefix: Sequence[int] = ()
-    """Ids before a text; a template brings its own."""
     stop_ids: Sequence[int] = ()
     stops: Sequence[str] = ()
     chat: Chat | None = None
@@ -44,12 +42,12 @@ class Talk:
             UserError: the text is too long for the model, or its template refuses it.
         """
         if self.chat is None:
-            self._reply([*self.prefix, *self.tokenizer.encode(text)], write)
+            self._reply(self.prompts.encode(text), write)
             return
         said, asked = list(self.messages), {"role": "user", "content": text}
         while True:
             try:
-                prompt = self.tokenizer.encode_marked(self.chat.render([*said, asked]))
+                prompt = self.prompts.tokenizer.encode_marked(self.chat.render([*said, asked]))
                 reply = self._reply(prompt, write)
                 break
             except UserError:
@@ -61,7 +59,7 @@ class Talk:
 
     def _reply(self, prompt: Sequence[int], write: Write) -> str:
         rule = replace(self.rule, seed=(self.rule.seed + self.turns) % (LARGEST + 1))
-        stream, pieces = TextStream(self.tokenizer.decode, prompt, self.stops), list[str]()
+        stream, pieces = self.prompts.stream(prompt, self.stops), list[str]()
 
         def told(piece: str) -> None:
             pieces.append(piece)
@@ -77,8 +75,9 @@ class Talk:
                 [prompt],
                 max_new_tokens=self.max_new_tokens,
                 rule=rule,
-                eos_id=self.tokenizer.eos_id,
+                eos_id=self.prompts.tokenizer.eos_id,
                 stop_ids=self.stop_ids,
+                start_id=self.prompts.start_id,
                 on_token=heard,
             )
         told(stream.finish())

@@ -187,16 +187,23 @@ def stacked(rngs, config: ModelConfig) -> Block:
     return stack(rngs)
 
 
-def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache for `batch` sequences of up to `slots` tokens."""
-    shape = (config.layers, batch, slots, config.key_value_heads, config.head_width)
-    return {
-        "k": jnp.zeros(shape, dtype),
-        "v": jnp.zeros(shape, dtype),
+def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, source: int = 0) -> Cache:
+    """A cache for `batch` sequences of up to `slots` tokens, and with an encoder for as many sources of `source`."""
+
+    def keys(slots: int) -> jax.Array:
+        return jnp.zeros((config.layers, batch, slots, config.key_value_heads, config.head_width), dtype)
+
+    cache = {
+        "k": keys(slots),
+        "v": keys(slots),
         "positions": jnp.zeros((batch, slots), jnp.int32),
         "segments": jnp.full((batch, slots), -1, jnp.int32),
         "length": jnp.zeros((), jnp.int32),
     }
+    if source:
+        segments = jnp.full((batch, source), -1, jnp.int32)
+        cache |= {"source_k": keys(source), "source_v": keys(source), "source_segments": segments}
+    return cache
 
 
 def _append_tokens(cache: Cache, positions: jax.Array, segments: jax.Array) -> Cache:

@@ -45,6 +45,8 @@ LENGTHS = (24, 17, 9)
 SOURCE_LENGTHS = (11, 160, 90)
 """And of what an encoder-decoder has read, longer than the distances that it tells apart."""
 PROMPTS, NEW_TOKENS = 20, 12
+START = 0
+"""What an encoder-decoder begins its text behind."""
 
 
 class Pair:
@@ -74,7 +76,7 @@ class Pair:
             return total / count, self.model.logits(params, x_BTD, self.runtime)
 
         (loss, logits), self.gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(self.params)
-        out = self._run_theirs()
+        out = self._run(self.theirs)
         out.loss.backward()
         real = self.batch["segment_ids"] > 0
         their_logits = out.logits.detach().numpy()[real]
@@ -117,22 +119,55 @@ class Pair:
     def greedy(self) -> dict[str, Any]:
         """Prompts that transformers continues from our export as we do, token for token, left-padded together; of an
         encoder, rows in which it finds the same token the likeliest at each place."""
-        import torch
-
         loaded = self._exported("export")
         if not self.config.model.causal:
             return self._likeliest(loaded)
+        theirs = self._continued(loaded, eos_token_id=-1)
+        ours = self._written()
+        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        return {"prompts": PROMPTS, "same_prompts": same, "different_words": len({tuple(row) for row in ours})}
+
+    def searched(self, beams: int, length_penalty: float) -> dict[str, int]:
+        """As of `greedy`, of beam searches: without an id that ends a text, with one, and with two."""
+
+        def ours(*ends: int) -> list[list[int]]:
+            return self._written(beams=beams, length_penalty=length_penalty, stop_ids=ends)
+
+        words = [token for row in ours() for token in row[2:]]
+        common = sorted(set(words), key=lambda token: (-words.count(token), token))[:2]
+        settings = {"num_beams": beams, "length_penalty": length_penalty, "early_stopping": False}
+        found = {"prompts": 0, "same_prompts": 0, "ended": 0}
+        for ends in ([], common[:1], common):
+            theirs = self._continued(self.theirs, eos_token_id=ends or -1, **settings)
+            cut = [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in theirs]
+            found["prompts"] += PROMPTS
+            found["same_prompts"] += sum(a == b for a, b in zip(ours(*ends), cut, strict=True))
+            found["ended"] += sum(len(row) < NEW_TOKENS for row in cut)
+        return found
+
+    def _prompts(self) -> list[list[int]]:
         rng = np.random.default_rng(1)
-        prompts = [rng.integers(2, self.model.vocabulary, n).tolist() for n in rng.integers(1, 24, PROMPTS)]
+        return [rng.integers(2, self.model.vocabulary, n).tolist() for n in rng.integers(1, 24, PROMPTS)]
+
+    def _written(self, **asked: Any) -> list[list[int]]:
+        """What we make of the prompts."""
+        arguments = (self.model, self.params, self.runtime, self._prompts())
+        return generate(*arguments, max_new_tokens=NEW_TOKENS, start_id=START, **asked)
+
+    def _continued(self, loaded: Any, **settings: Any) -> list[list[int]]:
+        """What transformers makes of the prompts, left-padded together."""
+        import torch
+
+        prompts = self._prompts()
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0} | settings
+        begun = longest
+        if self.config.model.architecture == "encoder_decoder":
+            settings, begun = settings | {"decoder_start_token_id": START}, 1
         with torch.no_grad():
-            theirs = loaded.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
-        ours = generate(self.model, self.params, self.runtime, prompts, max_new_tokens=NEW_TOKENS)
-        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-        return {"prompts": PROMPTS, "same_prompts": same, "different_words": len({tuple(row) for row in ours})}
+            return loaded.generate(ids, attention_mask=mask, **settings)[:, begun:].tolist()
 
     def _likeliest(self, loaded: Any) -> dict[str, Any]:
         import torch
@@ -163,9 +198,8 @@ class Pair:
 
         shutil.rmtree(self.run / IMPORTED)
         loaded = self._exported("own")
-        ids = torch.tensor(self.batch["tokens"]).long()
         with torch.no_grad():
-            difference = (loaded(ids).logits - self.theirs(ids).logits).abs().max().item()
+            difference = (self._run(loaded).logits - self._run(self.theirs).logits).abs().max().item()
         return {"own_config": difference, "own_family": loaded.config.model_type}
 
     def _exported(self, name: str) -> Any:
@@ -187,19 +221,19 @@ class Pair:
         named = (name for name, _ in self.theirs.named_parameters())
         return [name for name in named if name.endswith(("c_attn.bias", "self.key.bias"))]
 
-    def _run_theirs(self) -> Any:
+    def _run(self, model: Any) -> Any:
         import torch
 
         ids, mask = torch.tensor(self.batch["tokens"]).long(), torch.tensor(self.batch["segment_ids"])
         if self.config.model.architecture == "decoder":
-            return self.theirs(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+            return model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
         labels = torch.tensor(np.where(self.batch["loss_mask"] > 0, self.batch["targets"], -100)).long()
         if "source_tokens" in self.batch:
             source = torch.tensor(self.batch["source_tokens"]).long()
             seen = torch.tensor(self.batch["source_segment_ids"])
-            return self.theirs(input_ids=source, attention_mask=seen, decoder_input_ids=ids, labels=labels)
+            return model(input_ids=source, attention_mask=seen, decoder_input_ids=ids, labels=labels)
         types = torch.tensor(self.batch["types"]).long()
-        return self.theirs(input_ids=ids, attention_mask=mask, token_type_ids=types, labels=labels)
+        return model(input_ids=ids, attention_mask=mask, token_type_ids=types, labels=labels)
 
     def _as_ours(self, values: dict[str, Any], name: str) -> Params:
         """Tensors of their parameters' names, by way of files, which is where experts stand one by one."""

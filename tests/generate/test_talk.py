@@ -9,6 +9,7 @@ from jaxlm.data.tokenizer import Bytes
 from jaxlm.generate import talk
 from jaxlm.generate.chat import Chat
 from jaxlm.generate.decode import Generator
+from jaxlm.generate.prompts import Prompts
 from jaxlm.generate.sampling import Sampling
 from tests.generate.tiny import GPT, make
 
@@ -17,7 +18,8 @@ from tests.generate.tiny import GPT, make
 def parts():
     model, params, runtime = make(GPT, vocabulary=257)
     rule = Sampling(temperature=1.0, seed=3)
-    return {"generator": Generator(model, runtime), "params": params, "tokenizer": Bytes(), "rule": rule}
+    prompts = Prompts(model=model.config, tokenizer=Bytes())
+    return {"generator": Generator(model, runtime), "params": params, "prompts": prompts, "rule": rule}
 
 
 class Template(Chat):
