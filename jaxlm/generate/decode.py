@@ -15,13 +15,15 @@ import numpy as np
 
 from jaxlm.config.errors import UserError
 from jaxlm.config.schema import ModelConfig
+from jaxlm.generate import beams as searching
+from jaxlm.generate.beams import Beams, Search
 from jaxlm.generate.sampling import Sampling, choose
 from jaxlm.models.build import Model, Params
 from jaxlm.models.decoder import Cache, empty_cache
 from jaxlm.models.runtime import Runtime
 
 OnToken = Callable[[int, int], bool | None]
-"""Told (row, token) as soon as a token is known; True ends the row with it."""
+"""Told (row, token) as soon as a token is known, of a beam search when its row is done; True ends the row with it."""
 
 SHORTEST = 16
 """Prompt lengths and numbers of new tokens are rounded up to powers of two from here on: few programs compile."""
@@ -61,6 +63,8 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    beams: int = 1,
+    length_penalty: float = 1.0,
     eos_id: int | None = None,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
@@ -72,6 +76,7 @@ def generate(
         runtime: its `attention` counts if it is reference or xla; the others cannot read a cache, and xla is used.
         temperature, top_k, top_p, seed: see `sampling`. The same seed gives row i the same text in any batch and on
             any mesh, but for logits so close that rounding decides.
+        beams, length_penalty: with more than one beam the likeliest text is searched, see `beams`.
         eos_id: ends a row; an empty prompt starts behind it.
         stop_ids: others that end a row.
         on_token: called in order of time.
@@ -83,12 +88,12 @@ def generate(
         UserError: a prompt that is empty or holds ids unknown to the model, more tokens than learned positions, a
             sampling value out of range.
     """
-    rule = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     return Generator(model, runtime)(
         params,
         prompts,
         max_new_tokens=max_new_tokens,
-        rule=rule,
+        rule=searching.rule(sampling, beams, length_penalty),
         eos_id=eos_id,
         stop_ids=stop_ids,
         on_token=on_token,
@@ -121,7 +126,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        rule: Sampling,
+        rule: Sampling | Beams,
         eos_id: int | None = None,
         stop_ids: Collection[int] = (),
         on_token: OnToken | None = None,
@@ -136,19 +141,24 @@ class Generator:
         batch = self._place(left_padded(given, rows=self._rows(len(given))))
         scalars = self._place(rule.scalars)
         times = [time.perf_counter()]
-        prefill, step = self._programs(params, batch, scalars, max_new_tokens, rule)
+        ends = {*stop_ids, *(() if eos_id is None else (eos_id,))}
+        prefill, step = self._programs(params, batch, scalars, max_new_tokens, _mode(rule, ends))
         times.append(time.perf_counter())
+        if isinstance(rule, Beams):
+            searches = [Search(rule, ends, max_new_tokens) for _ in given]
+            stream = searching.stream(prefill, step, params, batch, scalars, searches)
+        else:
+            stream = _stream(prefill, step, params, batch, scalars, max_new_tokens)
         live = set(range(len(given)))
-        for tokens in _stream(prefill, step, params, batch, scalars, max_new_tokens):
+        for told in stream:
             times.append(time.perf_counter())
             for row in sorted(live):
-                token = int(tokens[row])
-                if token == eos_id or token in stop_ids:
-                    live.remove(row)
-                    continue
-                new[row].append(token)
-                if on_token and on_token(row, token):
-                    live.remove(row)
+                for token in told[row]:
+                    if token not in ends:
+                        new[row].append(token)
+                    if token in ends or (on_token and on_token(row, token)):
+                        live.remove(row)
+                        break
             if not live:
                 break
         self.speed = Speed(
@@ -216,16 +226,16 @@ class Generator:
             for name, a in cache.items()
         }
 
-    def _programs(self, params, batch, scalars, max_new_tokens: int, rule: Sampling):
+    def _programs(self, params, batch, scalars, max_new_tokens: int, mode: dict[str, Any]):
         """The compiled prefill and step."""
-        rows, length = batch["tokens"].shape
-        slots = length + bucket(max_new_tokens)
-        mode: dict[str, Any] = {"greedy": rule.greedy, "cuts": rule.cuts and not rule.greedy}
+        prompts, length = batch["tokens"].shape
+        rows, slots = prompts * mode.get("beams", 1), length + bucket(max_new_tokens)
         cache = self._abstract_cache(rows, slots)
         whole = self.runtime.layout.sharding(())  # every host reads the tokens
-        last = {name: jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole) for name in ("tokens", "positions")}
-        out = jax.tree.map(lambda leaf: leaf.sharding, (cache, last))
-        key = (rows, slots, *mode.values(), *(leaf.sharding for leaf in jax.tree.leaves(params)))
+        names = ("tokens", "positions", *(("parents",) if "beams" in mode else ()))
+        last = {name: jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole) for name in names}
+        out = (jax.tree.map(lambda leaf: leaf.sharding, cache), whole)
+        key = (rows, slots, *mode.items(), *(leaf.sharding for leaf in jax.tree.leaves(params)))
         if ("prefill", length, *key) not in self.programs:
             prefill = jax.jit(partial(self._prefill, slots=slots, **mode), out_shardings=out)
             self.programs["prefill", length, *key] = prefill.lower(params, batch, scalars).compile()
@@ -234,8 +244,9 @@ class Generator:
             self.programs["step", *key] = step.lower(params, cache, last, scalars).compile()
         return self.programs["prefill", length, *key], self.programs["step", *key]
 
-    def _prefill(self, params, batch, scalars, *, slots: int, greedy: bool, cuts: bool):
-        """Prompts into an empty cache, CHUNK tokens at a time, and the first new token of each row."""
+    def _prefill(self, params, batch, scalars, *, slots: int, beams: int = 0, **mode):
+        """Prompts into an empty cache, CHUNK tokens at a time, and the first new token of each row; of a search its
+        candidates, all in one row for each beam."""
         rows, length = batch["tokens"].shape
         cache = empty_cache(self.model.config, batch=rows, slots=slots, dtype=self.runtime.dtype)
 
@@ -249,22 +260,37 @@ class Generator:
             parts = {name: a.reshape(rows, -1, CHUNK).swapaxes(0, 1) for name, a in batch.items()}
             cache, ends = jax.lax.scan(read, cache, parts)
             x_B1D = ends[-1]
-        last = self._choose(params, x_B1D, batch["positions"][:, -1] + 1, scalars, greedy=greedy, cuts=cuts)
+        last = self._choose(params, x_B1D, batch["positions"][:, -1] + 1, scalars, **mode)
+        if beams:
+            last = jax.tree.map(lambda a: jnp.repeat(a, beams, axis=0), last)
+            cache = searching.repeated(cache, CACHE_DIMS, beams)
         return cache, last
 
-    def _step(self, params, cache: Cache, last, scalars, *, greedy: bool, cuts: bool):
-        """The last token of each row into the cache, and the next one."""
+    def _step(self, params, cache: Cache, last, scalars, *, beams: int = 0, **mode):
+        """The last token of each row into the cache, and the next one; of a search its candidates."""
+        if beams:
+            cache = searching.reordered(cache, CACHE_DIMS, last["parents"], beams)
         positions_B1 = last["positions"][:, None]
         batch = {"tokens": last["tokens"][:, None], "positions": positions_B1}
         batch |= {"segment_ids": jnp.ones_like(positions_B1)}
         x_B1D, cache = self.model.decode(params, batch, self.runtime, cache)
-        return cache, self._choose(params, x_B1D, last["positions"] + 1, scalars, greedy=greedy, cuts=cuts)
+        return cache, self._choose(params, x_B1D, last["positions"] + 1, scalars, **mode)
 
-    def _choose(self, params, x_B1D, positions_B, scalars, **mode) -> dict[str, jax.Array]:
+    def _choose(self, params, x_B1D, positions_B, scalars, *, candidates: int = 0, **mode) -> dict[str, jax.Array]:
         logits_BV = self.model.logits(params, x_B1D, self.runtime)[:, 0]
         logits_BV = self.runtime.layout.constrain(logits_BV, "batch", None)  # ranks need a whole row
+        if candidates:
+            return {"positions": positions_B} | searching.best(logits_BV, candidates, self.runtime.layout)
         rows_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
         return {"tokens": choose(logits_BV, rows_B, positions_B, scalars, **mode), "positions": positions_B}
+
+
+def _mode(rule: Sampling | Beams, ends: Collection[int]) -> dict[str, Any]:
+    """What of a rule tells programs apart."""
+    if isinstance(rule, Beams):
+        # Of a row's candidates `beams` may all go on, and before them may stand as many as there are ids that end.
+        return {"beams": rule.beams, "candidates": rule.beams + max(rule.beams, len(ends))}
+    return {"greedy": rule.greedy, "cuts": rule.cuts and not rule.greedy}
 
 
 def bucket(count: int) -> int:
@@ -286,11 +312,12 @@ def left_padded(prompts: Sequence[Sequence[int]], *, rows: int) -> dict[str, np.
     return batch
 
 
-def _stream(prefill, step, params, batch, scalars, count: int) -> Iterator[np.ndarray]:
-    """`count` times the next token of each row; a step is dispatched before its forerunner's tokens are read."""
+def _stream(prefill, step, params, batch, scalars, count: int) -> Iterator[list[list[int]]]:
+    """`count` times a list of the next token of each row; a step is dispatched before its forerunner's tokens are
+    read."""
     cache, last = prefill(params, batch, scalars)
     for remaining in reversed(range(count)):
         tokens = last["tokens"]
         if remaining:
             cache, last = step(params, cache, last, scalars)
-        yield np.asarray(tokens)
+        yield np.asarray(tokens)[:, None].tolist()

@@ -8,7 +8,10 @@ from jaxlm.generate.decode import generate
 from tests.generate.tiny import GPT, make
 from tests.processes import two_ranks
 
-RULE = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, "seed": 3}
+RULES = [
+    {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, "seed": 3},
+    {"max_new_tokens": 12, "beams": 3, "stop_ids": [8]},
+]
 RANK = """
 import json, sys
 import jax
@@ -22,8 +25,9 @@ print("new", json.dumps(generate(*make(GPT, "dp2,tp2"), [[5, 6], [7]], **json.lo
 
 
 @pytest.mark.slow
-def test_two_processes():
-    alone = generate(*make(GPT), [[5, 6], [7]], **RULE)
-    for out in two_ranks(RANK, json.dumps(RULE)):
+@pytest.mark.parametrize("rule", RULES, ids=["drawn", "searched"])
+def test_two_processes(rule):
+    alone = generate(*make(GPT), [[5, 6], [7]], **rule)
+    for out in two_ranks(RANK, json.dumps(rule)):
         (line,) = [line for line in out.splitlines() if line.startswith("new ")]
         assert json.loads(line[4:]) == alone
