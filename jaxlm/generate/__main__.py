@@ -47,6 +47,10 @@ class GenerateConfig:
     """Then draw among the fewest likeliest tokens that hold this much of the probability; 1 is all."""
     interactive: bool = False
     """Type prompts and read replies as they come; where the run's tokenizer has a chat template, a conversation."""
+    beams: int = 1
+    """Search the likeliest text with this many that go on together, with temperature 0; 1 is no search."""
+    length_penalty: float = 1.0
+    """A search ranks texts by log-probability over length to this power; more than 1 is for longer texts."""
     seed: int = 0
     """Seed of the draws: the same seed gives row i the same text on any mesh."""
     mesh: str = "dp1"
@@ -68,18 +72,20 @@ def main(argv: list[str]) -> None:
 
 def _generate(options: GenerateConfig, spec: MeshSpec, folder: Path, config: RunConfig) -> None:
     from jaxlm.checkpoint.opened import open_run
+    from jaxlm.generate import beams
     from jaxlm.generate.decode import Generator, check
     from jaxlm.generate.sampling import Sampling
     from jaxlm.generate.text import Output, TextStream
 
     check(config.model)
-    rule = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    texts = _texts(options, config, greedy=rule.greedy)
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    rule = beams.rule(sampling, options.beams, options.length_penalty)
+    texts = _texts(options, config, greedy=sampling.greedy)
     run = open_run(folder, config, spec, options.step, note)
     note(run.describe())
     prefix = run.conventions.prefix if options.bos else ()
     if options.interactive:
-        _talk(options, run, rule, prefix)
+        _talk(options, run, sampling, prefix)
         return
     prompts = [[*prefix, *run.tokenizer.encode(text)] for text in texts]
     output = Output(texts, [TextStream(run.tokenizer.decode, prompt, options.stop) for prompt in prompts])
@@ -138,6 +144,10 @@ def _texts(options: GenerateConfig, config: RunConfig, *, greedy: bool) -> list[
         raise UserError(f"--samples={options.samples} with --temperature=0 would all be the same; use --samples=1")
     if options.interactive and (options.prompt or options.prompt_file or options.samples > 1):
         raise UserError("--interactive reads prompts as you type them; leave out --prompt, --prompt-file and --samples")
+    if options.interactive and options.beams > 1:
+        raise UserError(
+            f"--interactive writes a reply as it is made, --beams={options.beams} knows it at its end; leave one out"
+        )
     if options.prompt and options.prompt_file:
         raise UserError("--prompt and --prompt-file are both given; use one")
     texts = [options.prompt or config.eval.prompt]

@@ -63,6 +63,16 @@ def test_samples_differ_meshes_do_not(folder, capfd):
     assert generate(capfd, folder, "--samples=2", "--top-p=1", "--seed=1")[1] != out
 
 
+def test_a_search(folder, capfd):
+    argv = ("--prompt=Zq", "--temperature=0")
+    code, out, err = generate(capfd, folder, *argv, "--beams=3")
+    assert code == 0 and out.startswith("Zq") and out.endswith("\n")
+    assert "prefill 2 tokens in" in err and "decode 7 tokens in" in err
+    assert generate(capfd, folder, *argv)[1] != out
+    assert "b" in out, "a stop that never comes proves little"
+    assert generate(capfd, folder, *argv, "--beams=3", "--stop=b")[1] == out[: out.index("b")] + "\n"
+
+
 def test_a_person_types(folder, capfd, monkeypatch):
     """Each line gets the text that --prompt gets, with the seed of its turn."""
     expected = [generate(capfd, folder, f"--prompt={text}", f"--seed={i}")[1] for i, text in enumerate(("ab", "cd"))]
@@ -123,6 +133,11 @@ def test_an_older_checkpoint_and_a_prompt_file(folder, capfd, tmp_path):
         (["--samples=2", "--temperature=0"], 2, ["all be the same"]),
         (["--prompt=a", "--prompt-file=b"], 2, ["both"]),
         (["--interactive", "--prompt=a"], 2, ["--interactive reads prompts as you type"]),
+        (["--beams=0"], 2, ["--beams=0", "1 (no search)"]),
+        (["--beams=4"], 2, ["--temperature=0.8", "use --temperature=0,"]),
+        (["--beams=4", "--temperature=0", "--samples=2"], 2, ["--samples=2", "all be the same"]),
+        (["--beams=4", "--temperature=0", "--interactive"], 2, ["--interactive", "--beams=4", "leave one out"]),
+        (["--length-penalty=2"], 2, ["--length-penalty=2", "--beams=4"]),
         (["--max-token=3"], 2, ["--max-tokens"]),
     ],
 )
