@@ -115,22 +115,48 @@ class Pair:
     def greedy(self) -> dict[str, Any]:
         """Prompts that transformers continues from our export as we do, token for token, left-padded together; of an
         encoder, rows in which it finds the same token the likeliest at each place."""
-        import torch
-
         loaded = self._exported("export")
         if not self.config.model.causal:
             return self._likeliest(loaded)
+        theirs = self._continued(loaded, eos_token_id=-1)
+        ours = generate(self.model, self.params, self.runtime, self._prompts(), max_new_tokens=NEW_TOKENS)
+        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        return {"prompts": PROMPTS, "same_prompts": same, "different_words": len({tuple(row) for row in ours})}
+
+    def searched(self, beams: int, length_penalty: float) -> dict[str, int]:
+        """As of `greedy`, of beam searches: without an id that ends a text, with one, and with two."""
+
+        def ours(*ends: int) -> list[list[int]]:
+            asked: dict[str, Any] = {"beams": beams, "length_penalty": length_penalty, "stop_ids": ends}
+            return generate(self.model, self.params, self.runtime, self._prompts(), max_new_tokens=NEW_TOKENS, **asked)
+
+        words = [token for row in ours() for token in row[2:]]
+        common = sorted(set(words), key=lambda token: (-words.count(token), token))[:2]
+        settings = {"num_beams": beams, "length_penalty": length_penalty, "early_stopping": False}
+        found = {"prompts": 0, "same_prompts": 0, "ended": 0}
+        for ends in ([], common[:1], common):
+            theirs = self._continued(self.theirs, eos_token_id=ends or -1, **settings)
+            cut = [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in theirs]
+            found["prompts"] += PROMPTS
+            found["same_prompts"] += sum(a == b for a, b in zip(ours(*ends), cut, strict=True))
+            found["ended"] += sum(len(row) < NEW_TOKENS for row in cut)
+        return found
+
+    def _prompts(self) -> list[list[int]]:
         rng = np.random.default_rng(1)
-        prompts = [rng.integers(2, self.model.vocabulary, n).tolist() for n in rng.integers(1, 24, PROMPTS)]
+        return [rng.integers(2, self.model.vocabulary, n).tolist() for n in rng.integers(1, 24, PROMPTS)]
+
+    def _continued(self, loaded: Any, **settings: Any) -> list[list[int]]:
+        """What transformers makes of the prompts, left-padded together."""
+        import torch
+
+        prompts = self._prompts()
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0} | settings
         with torch.no_grad():
-            theirs = loaded.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
-        ours = generate(self.model, self.params, self.runtime, prompts, max_new_tokens=NEW_TOKENS)
-        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-        return {"prompts": PROMPTS, "same_prompts": same, "different_words": len({tuple(row) for row in ours})}
+            return loaded.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
 
     def _likeliest(self, loaded: Any) -> dict[str, Any]:
         import torch

@@ -1,5 +1,5 @@
-"""transformers and jaxlm compute the same, of every family: the first shape of each always, all of them and greedy text
-in the slow suite."""
+"""transformers and jaxlm compute the same, of every family: the first shape of each always, all of them, greedy text
+and searched text in the slow suite."""
 
 import pytest
 
@@ -62,3 +62,13 @@ def test_training_and_text(family, shape, tmp_path):
     assert errors["logits"] < LOGIT and errors["loss"] < LOSS and errors["gradient"] < GRADIENT, errors
     assert errors["parameter"] < PARAMETER, errors
     assert errors["same_prompts"] == errors["prompts"] and errors["different_words"] > 10, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, shape", [one for one in FIRST if one[0] in ("gpt2", "llama")])
+def test_beams(family, shape, tmp_path):
+    pair = Pair(family, shape, tmp_path, seed=1)
+    for beams, length_penalty in ((3, 1.0), (3, 0.6), (4, 1.0), (4, 0.6)):
+        found = pair.searched(beams, length_penalty)
+        print(family, beams, length_penalty, found)
+        assert found["same_prompts"] == found["prompts"] and found["ended"] > 5, found
