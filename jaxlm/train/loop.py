@@ -148,6 +148,8 @@ class Run:
         progress.say(f"compiled in {seconds:.1f} s; {self.meter.formula}")
         self._claim(start.step)
         with StopRequest() as stop, self._accounted():
+            if start.step and config.eval.every and start.step % config.eval.every == 0:
+                self._evaluate_once(start.step, state)  # which a stop right after that step's save left out
             while True:
                 try:
                     state = self._steps(compiled, state, step, stop)
@@ -334,6 +336,11 @@ class Run:
             f"{values['bits_per_byte']:.3f} bits per byte"
         )
 
+    def _evaluate_once(self, step: int, state: State) -> None:
+        """Evaluate, unless that was done and logged."""
+        if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
+            self._evaluate(step, state)
+
     def _finish(self, state: State) -> None:
         self._save(self.config.train.steps, state, whole=self.saver.waits)
         self._close(state, self.config.train.steps)
@@ -344,8 +351,7 @@ class Run:
 
     def _close(self, state: State, step: int) -> None:
         """What a run leaves beside its last checkpoint."""
-        if not any(line["step"] == step for line in read(self.folder / "eval.jsonl")):
-            self._evaluate(step, state)
+        self._evaluate_once(step, state)
         self._enter("end", step)
         if self.config.eval.sample_tokens and self.config.model.architecture == "decoder":
             with self.clock.within("eval"):

@@ -274,6 +274,17 @@ def test_an_end_that_was_cut_short_is_written_the_next_time(corpus: Path, tmp_pa
     assert [line["step"] for line in read(tmp_path / "eval.jsonl")].count(4) == 1
 
 
+def test_an_evaluation_that_was_cut_short_is_made_the_next_time(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    """The save of a step is on disk before its evaluation is: what falls in between must not lose it."""
+    train(corpus, tmp_path, train__steps=6)
+    evaluations = tmp_path / "eval.jsonl"
+    assert [line["step"] for line in read(evaluations)] == [4, 6]
+    (tmp_path / "checkpoints" / "6" / "manifest.json").unlink()
+    evaluations.write_text("")
+    train(corpus, tmp_path)
+    assert read(evaluations) == read(whole / "eval.jsonl")
+
+
 @pytest.mark.parametrize("failures", [1, 2])
 def test_one_failed_save_is_survived_and_two_in_a_row_end_the_run(
     corpus: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str], failures: int
