@@ -276,10 +276,9 @@ def test_an_end_that_was_cut_short_is_written_the_next_time(corpus: Path, tmp_pa
 
 def test_an_evaluation_that_was_cut_short_is_made_the_next_time(corpus: Path, whole: Path, tmp_path: Path) -> None:
     """The save of a step is on disk before its evaluation is: what falls in between must not lose it."""
-    train(corpus, tmp_path, train__steps=6)
+    train(corpus, tmp_path)
     evaluations = tmp_path / "eval.jsonl"
-    assert [line["step"] for line in read(evaluations)] == [4, 6]
-    (tmp_path / "checkpoints" / "6" / "manifest.json").unlink()
+    (tmp_path / "checkpoints" / "8" / "manifest.json").unlink()
     evaluations.write_text("")
     train(corpus, tmp_path)
     assert read(evaluations) == read(whole / "eval.jsonl")
