@@ -68,6 +68,7 @@ def import_(source: Path, run: Path, mesh: str, params: str | None, say: Say) ->
     stored = _renamed(family, safetensors.open_folder(source))
     text = _tokenizer(source, config, say)
     conventions.check_ids(source, config.vocabulary or 0)
+    _check_start(config, given.get("decoder_start_token_id"), text)
     dtypes = {STORED[tensor.dtype] for tensor in stored.values() if tensor.dtype in STORED}
     dtype = params or ("bfloat16" if dtypes == {"bfloat16"} else "float32")
     settings = _settings(config, run, mesh, dtype, has_text=text is not None)
@@ -157,7 +158,7 @@ def export(run: Path, to: Path, step: int, dtype: str | None, say: Say) -> None:
         for name, there in aside.items():
             written.write(name, 0, there.read(0, there.shape[0]))
         written.flush()
-        _write_texts(work, run, text, say)
+        _write_texts(work, run, text, say, answers=config.architecture == "encoder_decoder")
         if given is None or unlike(config, family.read(given)):
             (work / CONFIG).write_text(_json(_config(family, config, settings, text) | {"torch_dtype": chosen}))
         elif chosen in (came, given.get("dtype"), given.get("torch_dtype")):
@@ -278,6 +279,15 @@ def _tokenizer(source: Path, config: ModelConfig, say: Say) -> tokenizers.Tokeni
     return text
 
 
+def _check_start(config: ModelConfig, given: Any, text: tokenizers.Tokenizer | None) -> None:
+    """That an encoder-decoder's text begins behind the id that the tokenizer has for that."""
+    if config.architecture == "encoder_decoder" and text is not None and given not in (None, text.start_id):
+        raise UserError(
+            f"config.json: decoder_start_token_id={shown(given)} is not {text.start_id}, the <pad> of tokenizer.json (or "
+            "its end of a document), which texts begin behind with us"
+        )
+
+
 def _keep_texts(source: Path, run: Path, text: tokenizers.Tokenizer | None) -> None:
     kept = run / IMPORTED
     kept.mkdir(parents=True, exist_ok=True)
@@ -316,8 +326,8 @@ def _content(path: Path) -> bytes:
     return read_limited(path, tokenizers.MAX_FILE_BYTES, str(path), unreadable="copy it again", too_large="is it text?")
 
 
-def _write_texts(folder: Path, run: Path, text: tokenizers.Tokenizer | None, say: Say) -> None:
-    """The tokenizer as it came, where the run still has that one; else the run's."""
+def _write_texts(folder: Path, run: Path, text: tokenizers.Tokenizer | None, say: Say, *, answers: bool) -> None:
+    """The tokenizer as it came, where the run still has that one; else the run's. An encoder-decoder `answers`."""
     kept = run / IMPORTED
     if text is None or conventions.same_tokenizer(run, text):
         for name in _texts_in(kept):
@@ -332,7 +342,8 @@ def _write_texts(folder: Path, run: Path, text: tokenizers.Tokenizer | None, say
     eos = json.loads(text.files()[tokenizers.INFO])["eos"]
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
     (folder / "tokenizer_config.json").write_text(_json(described))
-    (folder / "generation_config.json").write_text(_json({"eos_token_id": text.eos_id}))
+    ids = {"eos_token_id": text.eos_id} | ({"decoder_start_token_id": text.start_id} if answers else {})
+    (folder / "generation_config.json").write_text(_json(ids))
 
 
 def _config(
@@ -344,6 +355,8 @@ def _config(
         written["max_position_embeddings"] = settings.data.sequence_length
     if text is not None:
         written["eos_token_id"] = text.eos_id
+        if config.architecture == "encoder_decoder":
+            written |= {"decoder_start_token_id": text.start_id, "pad_token_id": text.start_id}
     return written
 
 

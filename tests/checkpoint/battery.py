@@ -288,7 +288,7 @@ def _random(given: dict[str, Any], seed: int) -> Any:
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
         if getattr(config, "scale_decoder_outputs", False):
-            model.shared.weight.mul_(config.d_model**0.5)
+            model.shared.weight.mul_(config.d_model**0.25)  # of the size of 1, and yet not each token its own successor
     return model
 
 

@@ -29,6 +29,7 @@ MODELS = {
     "qwen3_moe": "Qwen 3 MoE",
     "bert": "BERT, MiniLM",
     "roberta": "RoBERTa",
+    "t5": "T5, T5 v1.1",
 }
 
 

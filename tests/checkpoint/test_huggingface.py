@@ -65,7 +65,7 @@ def test_training_and_text(family, shape, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, shape", [one for one in FIRST if one[0] in ("gpt2", "llama")])
+@pytest.mark.parametrize("family, shape", [one for one in FIRST if one[0] in ("gpt2", "llama", "t5")])
 def test_beams(family, shape, tmp_path):
     pair = Pair(family, shape, tmp_path, seed=1)
     for beams, length_penalty in ((3, 1.0), (3, 0.6), (4, 1.0), (4, 0.6)):
