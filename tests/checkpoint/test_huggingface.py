@@ -70,5 +70,4 @@ def test_beams(family, shape, tmp_path):
     pair = Pair(family, shape, tmp_path, seed=1)
     for beams, length_penalty in ((3, 1.0), (3, 0.6), (4, 1.0), (4, 0.6)):
         found = pair.searched(beams, length_penalty)
-        print(family, beams, length_penalty, found)
         assert found["same_prompts"] == found["prompts"] and found["ended"] > 5, found

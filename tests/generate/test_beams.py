@@ -197,6 +197,15 @@ def test_a_search_without_a_text_that_goes_on_is_done():
     assert search.text == [4]
 
 
+def test_only_the_best_of_all_may_end():
+    """The end in third place is none: two texts would have ended, and those that go on are worse by then."""
+    search = Search(Beams(beams=2), (4, 6), 8)
+    scores = np.log(np.array([[0.4, 0.3, 0.2, 0.1]] * 2, np.float32))
+    assert search.advance(scores, np.array([[4, 5, 6, 7]] * 2)) == ([0, 0], [5, 7])
+    scores = np.log(np.array([[0.01, 0.01, 0.01, 0.01]] * 2, np.float32))
+    assert search.advance(scores, np.array([[1, 2, 3, 4]] * 2)) == ([0, 0], [1, 2]) and not search.done
+
+
 def test_nothing_asked_for_is_nothing(llama):
     generator, params = llama
     assert generator(params, [[1]], max_new_tokens=0, rule=Beams(beams=2)) == [[]]
