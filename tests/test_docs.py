@@ -39,7 +39,7 @@ SLOW = {
     "--mesh=cp2,dp2": "another of many small trainings",
     "--config=llama3_8b_fsdp32tp2_h100 --no-distributed": "compiles 8 billion parameters for 64 devices",
     "--optimizer.name=lion": "another of many small trainings",
-    "--model.architecture=encoder": "another of many small trainings",
+    "--model.architecture=encoder": "another of many small trainings",  # and of an encoder_decoder
     "--data.path=docs,README.md": "trains a tokenizer and a model",
     "--mesh=dp2,fsdp2,tp2": "draws and compiles for 8 devices what sharding.md does for 4",
     "--profile.steps": "another of many small trainings",

@@ -1,5 +1,5 @@
-"""Tiny models for the tests of generation: a GPT, a Llama with everything Gemma adds, multi-query attention, and a
-mixture of experts."""
+"""Tiny models for the tests of generation: a GPT, a Llama with everything Gemma adds, multi-query attention, a mixture
+of experts, and an encoder-decoder."""
 
 from dataclasses import replace
 
@@ -37,6 +37,10 @@ LLAMA = ModelConfig(
 )
 MULTI_QUERY = ModelConfig(layers=2, embed=32, heads=4, kv_heads=1, mlp=64, positions="rotary", norm="rms")
 EXPERTS = replace(LLAMA, experts=4, router="sigmoid", shared_experts=1, balance_rate=0.1)
+ANSWERS = ModelConfig(
+    architecture="encoder_decoder", layers=2, embed=32, heads=4, head_size=6, mlp=48, gated=True, norm="rms",
+    positions="relative", query_scale=1.0, biases=(), tied=False,
+)  # fmt: skip
 CONFIGS = {"gpt": GPT, "llama": LLAMA, "multi_query": MULTI_QUERY, "experts": EXPERTS}
 VOCABULARY = 100
 

@@ -7,6 +7,8 @@ import pytest
 
 from jaxlm.config.errors import UserError
 from jaxlm.data import tokenizer
+from jaxlm.evaluate.__main__ import main as evaluate
+from jaxlm.generate.__main__ import main as generate
 from jaxlm.metrics.jsonl import read
 from tests.train.battery import build as build_run
 from tests.train.battery import compare, configuration, measure, on_one_device
@@ -74,6 +76,21 @@ def test_a_run_leaves_its_folder(run: Path) -> None:
     assert [line["step"] for line in evaluations] == [4, 8] and len({line["tokens"] for line in evaluations}) == 1
     held = tokenizer.load(run / "tokenizer")
     assert held.sentinel_ids and held.mask_id is None
+
+
+def test_it_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    options = [f"--run={run}", "--prompt=the value", "--max-tokens=5", "--temperature=0"]
+    for more in ([], ["--beams=3"], ["--mesh=dp2"]):
+        generate([*options, *more])
+        out, err = capsys.readouterr()
+        assert "the value" not in out and out.endswith("\n"), "the answer alone"
+        assert "prefill 10 tokens" in err, "the prompt, and the end of a document"
+
+
+def test_tasks_of_continuations_are_refused(run: Path) -> None:
+    with pytest.raises(UserError, match="use --references"):
+        evaluate([f"--run={run}", "--tasks=anything"])
 
 
 def test_a_resumed_run_is_the_same_run_bitwise(corpus: Path, run: Path, tmp_path: Path) -> None:
