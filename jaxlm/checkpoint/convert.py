@@ -283,8 +283,8 @@ def _check_start(config: ModelConfig, given: Any, text: tokenizers.Tokenizer | N
     """That an encoder-decoder's text begins behind the id that the tokenizer has for that."""
     if config.architecture == "encoder_decoder" and text is not None and given not in (None, text.start_id):
         raise UserError(
-            f"config.json: decoder_start_token_id={shown(given)} is not {text.start_id}, the <pad> of tokenizer.json (or "
-            "its end of a document), which texts begin behind with us"
+            f"config.json: decoder_start_token_id={shown(given)} is not {text.start_id}, which our texts begin behind: "
+            "the <pad> of tokenizer.json, or else its end of a document"
         )
 
 

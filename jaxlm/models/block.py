@@ -191,8 +191,11 @@ class CrossAttention(Attention):
     ) -> Float[Array, "B T D"]:
         config, source, layout = self.config, tokens.source, runtime.layout
         assert source is not None
-        cached = None if cache is None else cache.source
-        k, v = self.keys(source.x_BSD, runtime) if cached is None else cached
+        if source.x_BSD is not None:
+            k, v = self.keys(source.x_BSD, runtime)
+        else:
+            assert cache is not None and cache.source is not None
+            k, v = cache.source
         q = self._normed(self.query_norm, self.query(x_BTD, runtime), runtime)
         q = layout.constrain(q, "batch", "sequence", "heads", None)
         o_BTNH = attend(
@@ -264,3 +267,8 @@ class Block(nnx.Module):
         m = checkpoint_name(m, "mlp_out")
         x = self.mlp_sum_norm(x + dropout(self.mlp_post_norm(m, runtime), self.rate, noises[1]), runtime)
         return runtime.layout.constrain(x, "batch", "residual", None), cache, load
+
+    def source_keys(self, x_BSD: Float[Array, "B S D"], runtime: Runtime) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, H] of what an encoder has read."""
+        assert self.cross is not None
+        return self.cross.keys(x_BSD, runtime)

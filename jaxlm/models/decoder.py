@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
         if config.positions == "learned":
             self.positions = Embedding(rngs, config.max_positions, config.embed, None)
         elif config.positions == "relative":
-            self.positions = RelativeBias(rngs, config)
+            self.distances = RelativeBias(rngs, config)
         if config.token_types:
             self.types = Embedding(rngs, config.token_types, config.embed, None)
         self.blocks = stacked(rngs, config)
@@ -114,9 +114,9 @@ class Decoder(nnx.Module):
         if self.config.positions == "relative":
             length = tokens_BT.shape[1]
             bias_BNTS = (
-                self.positions.of_sequence(length, runtime)
+                self.distances.of_sequence(length, runtime)
                 if cache is None
-                else self.positions.between(positions_BT, cache["positions"], runtime)
+                else self.distances.between(positions_BT, cache["positions"], runtime)
             )
             where = where._replace(bias_BNTS=bias_BNTS)
         x, cache, loads = run_stack(self.blocks, self.config, x, where, runtime, noise=noise, cache=cache)

@@ -26,7 +26,7 @@ class Reader(nnx.Module):
 
     def __init__(self, rngs, config: ModelConfig):
         self.config = replace(config, architecture="encoder")
-        self.positions = RelativeBias(rngs, self.config)
+        self.distances = RelativeBias(rngs, self.config)
         self.blocks = stacked(rngs, self.config)
         self.final_norm = Norm(rngs, self.config, size=config.embed)
 
@@ -38,7 +38,7 @@ class Reader(nnx.Module):
         runtime: Runtime,
         noise: Noise | None,
     ) -> Float[Array, "B S D"]:
-        where = Tokens(positions_BS, segments_BS, bias_BNTS=self.positions.of_sequence(x_BSD.shape[1], runtime))
+        where = Tokens(positions_BS, segments_BS, bias_BNTS=self.distances.of_sequence(x_BSD.shape[1], runtime))
         x, _, _ = run_stack(self.blocks, self.config, x_BSD, where, runtime, noise=noise, cache=None)
         return self.final_norm(x, runtime)
 
@@ -66,9 +66,11 @@ class EncoderDecoder(Decoder):
     def source_cache(self, source: Source, runtime: Runtime) -> Cache:
         """What a cache holds of a source: keys and values of each layer, computed once."""
         graph, params = nnx.split(self.blocks)
+        x_BSD = source.x_BSD
+        assert x_BSD is not None
 
         def layer(nothing: None, params: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            return nothing, nnx.merge(graph, params).cross.keys(source.x_BSD, runtime)
+            return nothing, nnx.merge(graph, params).source_keys(x_BSD, runtime)
 
         k_LBSKH, v_LBSKH = jax.lax.scan(layer, None, params)[1]
         return {"source_k": k_LBSKH, "source_v": v_LBSKH, "source_segments": source.segments_BS}

@@ -47,7 +47,7 @@ def run_stack(
 
     def apply(i: int, picked: bool, params, x: jax.Array, layer: jax.Array, kv) -> tuple[jax.Array, Any]:
         block, window = nnx.merge(graph, params), windows[i % period]
-        layer_cache = None if kv is None else LayerCache(*kv[:2], start, kv[2:] or None)
+        layer_cache = None if kv is None else LayerCache(kv[0], kv[1], start, kv[2:] or None)
         own_noise = None if noise is None else noise.of(layer)
         # Picking happens where weights are used: slices made out here would be kept, whole, for the backward pass.
         own = replace(runtime, pick=i) if picked else runtime

@@ -12,7 +12,10 @@ from optax import contrib
 from jaxlm.config.schema import OptimizerConfig
 
 MATRICES = ("kernel", "embedding")
-"""Parameter names that weight decay applies to; position tables (under `positions`) are spared."""
+"""Parameter names that weight decay applies to ..."""
+
+TABLES = ("positions", "distances")
+"""... but for those under these names: where a token stands is not a matter of size."""
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -73,7 +76,7 @@ def decayed(params: Any) -> Any:
 
     def is_matrix(path: tuple, _: Any) -> bool:
         names = [key.key for key in path]
-        return names[-1] in MATRICES and "positions" not in names
+        return names[-1] in MATRICES and not any(name in TABLES for name in names)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -275,3 +275,15 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         back(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+
+
+@pytest.mark.parametrize(("start", "refused"), [(1, False), (None, False), (7, True)])
+def test_what_answers_begin_behind(start, refused, tmp_path):
+    """T5's <pad>, which the tokenizer has as token 1."""
+    given = config_json("t5", "v1.0") | {"decoder_start_token_id": start}
+    folder = write_tokenizer(write_model(tmp_path / "model", given))
+    if refused:
+        with pytest.raises(UserError, match="decoder_start_token_id=7 is not 1"):
+            there(folder)
+    else:
+        there(folder)

@@ -104,7 +104,7 @@ def stack(name: str, ours: str) -> tuple[Row, ...]:
         linear(f"{mlp}.wi_1", f"{blocks}.mlp.up", gated=True),
         linear(f"{mlp}.wo", f"{blocks}.mlp.down"),
         Row(f"{layer}.{last}.layer_norm.weight", (f"{blocks}.mlp_norm.scale",)),
-        Row(f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (f"{ours}positions.embedding",)),
+        Row(f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (f"{ours}distances.embedding",)),
         Row(f"{name}.final_layer_norm.weight", (f"{ours}final_norm.scale",)),
     )
 
