@@ -71,9 +71,7 @@ def run_stack(
             outs.append(out)
         return x, jax.tree.map(lambda *a: jnp.stack(a), *outs)
 
-    kv = None
-    if cache is not None:
-        kv = tuple(cache[name] for name in ("k", "v", "source_k", "source_v") if name in cache)
+    kv = _keys(cache)
     xs = (stacked, jnp.arange(config.layers, dtype=jnp.int32), kv)
     main = jax.tree.map(lambda a: _periods(a[:whole] if whole < config.layers else a, period), xs)
     x, out = jax.lax.scan(turn, x, main, unroll=_unroll(config, runtime))
@@ -142,6 +140,12 @@ def _rotations(config: ModelConfig, windows: tuple[int, ...], positions: jax.Arr
     if config.rope_local_theta is not None:
         local = replace(config, rope_theta=config.rope_local_theta, rope_scaling="none")
     return {w: rotation(local if w else config, config.head_width, positions) for w in windows}
+
+
+def _keys(cache: dict[str, Any] | None) -> tuple[jax.Array, ...] | None:
+    """Keys and values of all layers, [L, ...], and those of a source."""
+    names = ("k", "v", "source_k", "source_v")
+    return None if cache is None else tuple(cache[name] for name in names if name in cache)
 
 
 def _unroll(config: ModelConfig, runtime: Runtime) -> int | bool:

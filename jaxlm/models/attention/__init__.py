@@ -53,48 +53,44 @@ def attend(
     to a cache, in any order of positions, and with `kv_segments_BS` alone to another sequence, which is not causal:
     those by reference or xla.
 
-    Logits become softcap * tanh(logits / softcap), and `bias_BNTS` is added, before the mask; reference and xla know
-    biases, of a sequence those that are the same for all rows. Statistics are float32 in every backend; the output
-    has q's dtype. `mesh` may be None on one device; its "model" axis shards the heads, its "context" axis the tokens of
+    Logits become softcap * tanh(logits / softcap), and `bias_BNTS` is added, before the mask (reference and xla; to a
+    sequence, one for all rows). Statistics are float32 in every backend; the output has q's dtype. `mesh` may be None on one device; its "model" axis shards the heads, its "context" axis the tokens of
     self-attention by the method `context`: "ring" and "allgather" expect them in the order of `parallel.zigzag`,
     "ulysses" in their own. `interpret` is for tests.
     """
     cached, other = kv_positions_BS is not None, kv_segments_BS is not None
-    if (cached and not other) or (other and not cached and causal):
-        raise ValueError("attend: kv_segments_BS come with kv_positions_BS (a cache) or without causality (a sequence)")
-    if window and not causal:
-        raise ValueError(f"attend: a window of {window} counts back from a query, and this attention is not causal")
-    q_heads, tp = q_BTNH.shape[2], parts(mesh, HEAD_AXIS)
+    _check(cached, other, causal, window)
+    tp, cuts = parts(mesh, HEAD_AXIS), parts(mesh, SEQUENCE_AXIS)
+    ways = tp * cuts if cuts > 1 and context == "ulysses" else tp
+    k_BSKH, v_BSKH = _kv_heads_for_shards(q_BTNH.shape[2], k_BSKH, v_BSKH, tp if cached else ways)
+    kv_segments = q_segments_BT if kv_segments_BS is None else kv_segments_BS
     if cached or backend == "reference":
-        k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
-        kv_segments = q_segments_BT if kv_segments_BS is None else kv_segments_BS
         kv_positions = kv_positions_BS if other else q_positions_BT
         visible_BTS = visible(q_segments_BT, kv_segments, q_positions_BT, kv_positions, window, causal)
         if backend not in ("reference", "xla"):
             raise UserError(f"attention {backend}: it cannot read a key-value cache; use --attention=auto")
         run = reference_attention if backend == "reference" else xla_attention
         return run(q_BTNH, k_BSKH, v_BSKH, visible_BTS, scale=scale, softcap=softcap, bias_BNTS=bias_BNTS)
-    if other or bias_BNTS is not None:
-        if backend != "xla" or parts(mesh, SEQUENCE_AXIS) > 1:
-            raise UserError(
-                f"attention {backend}: it knows one sequence and no bias; use --attention=auto on a mesh without cp"
-            )
-        k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
-        kv_segments = q_segments_BT if kv_segments_BS is None else kv_segments_BS
+    if cuts == 1 and backend == "xla":  # which the partitioner understands
         bias_NTS = None if bias_BNTS is None else bias_BNTS.squeeze(0)
         terms = xla.Terms(scale, window, softcap, causal)
         return xla.xla_sequence_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments, bias_NTS, terms)
+    if other or bias_BNTS is not None:
+        raise UserError(f"attention {backend}: it knows one sequence, whole, and no bias; use --attention=auto, not cp")
     local = _whole_sequence(backend, scale, causal, window, softcap, interpret)
-    cuts = parts(mesh, SEQUENCE_AXIS)
     if cuts > 1 and context == "ulysses":
-        k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp * cuts)
-        return on_shards(heads_for_tokens(local), mesh, q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
-    k_BSKH, v_BSKH = _kv_heads_for_shards(q_heads, k_BSKH, v_BSKH, tp)
-    if cuts > 1:
+        local = heads_for_tokens(local)
+    elif cuts > 1:
         local = partial(ring_attention, terms=Terms(context, scale, causal, window, softcap, can_permute(mesh)))
-    elif backend == "xla":  # which the partitioner understands
-        return local(q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
     return on_shards(local, mesh, q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
+
+
+def _check(cached: bool, other: bool, causal: bool, window: int) -> None:
+    """That the arguments of `attend` go together."""
+    if (cached and not other) or (other and not cached and causal):
+        raise ValueError("attend: kv_segments_BS come with kv_positions_BS (a cache) or without causality (a sequence)")
+    if window and not causal:
+        raise ValueError(f"attend: a window of {window} counts back from a query, and this attention is not causal")
 
 
 def _whole_sequence(
