@@ -287,8 +287,13 @@ def _random(given: dict[str, Any], seed: int) -> Any:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith(
+                "Attention.q.weight"
+            ):  # of T5, whose logits are scaled by this alone, as in its own beginning
+                parameter.mul_(config.d_kv**-0.5)
         if getattr(config, "scale_decoder_outputs", False):
-            model.shared.weight.mul_(config.d_model**0.25)  # of the size of 1, and yet not each token its own successor
+            model.shared.weight.mul_(config.d_model**0.2)  # of the size of 1, and yet not each token its own successor
     return model
 
 

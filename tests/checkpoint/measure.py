@@ -1,9 +1,11 @@
 """The battery on every shape of every family, its results as JSON, and the table of docs/huggingface.md.
 
 python -m tests.checkpoint.measure        a few minutes; needs the extra hf-test
+python -m tests.checkpoint.measure t5     some families alone; of the others what is written stays
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -33,24 +35,27 @@ MODELS = {
 }
 
 
-def measure() -> list[dict[str, Any]]:
-    """Every shape, one after the other."""
+def measure(families: Sequence[str]) -> list[dict[str, Any]]:
+    """Every shape of these families, one after the other."""
     from tests.checkpoint.battery import Pair
     from tests.checkpoint.folders import tensors
     from tests.checkpoint.shapes import EVERY
 
+    packages = ("transformers", "torch", "jax")
+    software = ", ".join(f"{name} {version(name)}" for name in packages)
+    software = f"{software} on one CPU core, {datetime.now(UTC).date()}"
     results = []
-    for family, shape in EVERY:
+    for family, shape in (one for one in EVERY if one[0] in families):
         with tempfile.TemporaryDirectory() as folder:
             pair = Pair(family, shape, Path(folder), seed=1)
             found = {**pair.outputs(), **pair.stepped(), **pair.greedy()}
             found["bit_for_bit"] = tensors(pair.their_folder) == tensors(pair.folder / "export")
-        results.append({"family": family, "shape": shape, **found})
+        results.append({"family": family, "shape": shape, **found, "software": software})
         print(json.dumps(results[-1]), flush=True)
     return results
 
 
-def table(results: Sequence[dict[str, Any]], software: str) -> Iterator[str]:
+def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Lines of the page: the worst of each family."""
     yield "| family | `model_type` | shapes | there and back | logits | loss | gradient | AdamW step | greedy text |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -62,24 +67,22 @@ def table(results: Sequence[dict[str, Any]], software: str) -> Iterator[str]:
         errors = " | ".join(f"{error:.1e}" for error in worst)
         yield f"| {models} | `{family}` | {len(rows)} | {bits} | {errors} | {same} of {prompts} |"
     yield ""
-    yield f"Measured with {software}."
+    yield f"Measured with {'; '.join(sorted({row['software'] for row in results}))}."
 
 
-def render(page: str, measured: dict[str, Any]) -> str:
+def render(page: str, results: Sequence[dict[str, Any]]) -> str:
     """`page` with the table of these results between its marks."""
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    return before + BEGIN + "\n".join(table(measured["results"], measured["software"])) + "\n" + END + after
+    return before + BEGIN + "\n".join(table(results)) + "\n" + END + after
 
 
-def main() -> None:
-    packages = ("transformers", "torch", "jax")
-    date = datetime.now(UTC).date()
-    software = f"{', '.join(f'{name} {version(name)}' for name in packages)} on one CPU core, {date}"
-    measured = {"software": software, "results": measure()}
-    RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), measured), encoding="utf-8")
+def main(families: Sequence[str]) -> None:
+    held = {(row["family"], row["shape"]): row for row in json.loads(RESULTS.read_text())}
+    results = list((held | {(row["family"], row["shape"]): row for row in measure(families or [*MODELS])}).values())
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -127,8 +127,7 @@ ENCODED = (
 )
 """Meshes on which an encoder is compared too."""
 ENCODED_AND_DECODED = (
-    *("dp1", "rep2", "dp2", "dp4", "fsdp2", "fsdp4", "fsdp8", "tp2", "rep2,dp2", "dp2,fsdp2", "dp4,fsdp2", "dp2,tp2"),
-    *("fsdp2,tp2", "fsdp4,tp2", "dp2,tp4", "rep2,dp2,tp2", "dp2,fsdp2,tp2"),
+    *("dp1", "rep2", "dp4", "fsdp8", "dp2,fsdp2", "fsdp4,tp2", "dp2,tp4", "rep2,dp2,tp2", "dp2,fsdp2,tp2"),
 )
 """And an encoder-decoder: those without sequence parallelism, pp, cp and ep."""
 EXPERTS_WHOLE = ("dp4", "fsdp2,tp2", "cp2", "pp2", "pp2,dp2,tp2")
