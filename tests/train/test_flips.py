@@ -16,7 +16,7 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.faults import StopRequest
 from jaxlm.train.replay import Different, Replay, replay
-from jaxlm.train.replicas import Replicas
+from jaxlm.train.replicas import PIECE, Replicas, at_once, by_pieces
 from tests.processes import two_ranks
 from tests.train.flips import BITS, OUTCOMES, PAGE, RESULTS, TARGETS, Study, faulty, flipped, render
 from tests.train.running import losses, train
@@ -101,6 +101,21 @@ def test_every_bit_on_every_device_counts(spec: tuple[str | None, ...], slices: 
             (difference,) = replicas.differing({"w": flipped(array, [device], number % part, bit)})
             assert difference.array == "w" and device in difference.devices
             assert len(difference.devices) == (1 if copies > 2 else 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("shape", [(), (7,), (3, PIECE), (5, 7, 999), (2 * PIECE + 1,)])
+def test_a_checksum_in_pieces_is_the_checksum(shape: tuple[int, ...], dtype: str) -> None:
+    array = (1000 * jax.random.normal(jax.random.key(0), shape)).astype(dtype)
+    assert int(jax.jit(by_pieces)(array)) == int(jax.jit(at_once)(array)) != 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checksum_makes_no_copy(dtype: str) -> None:
+    array = jax.ShapeDtypeStruct((2**21 + 3,), dtype)
+    kept = [jax.jit(run).lower(array).compile().memory_analysis() for run in (by_pieces, at_once)]
+    sizes = [memory.temp_size_in_bytes for memory in kept]
+    assert sizes[0] < array.size * array.dtype.itemsize / 4 < sizes[1], sizes
 
 
 def test_what_has_no_copy_is_not_compared() -> None:
