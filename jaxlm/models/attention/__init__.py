@@ -54,10 +54,9 @@ def attend(
     those by reference or xla.
 
     Logits become softcap * tanh(logits / softcap), and `bias_BNTS` is added, before the mask (reference and xla; to a
-    sequence, one for all rows). Statistics are float32 in every backend; the output has q's dtype. `mesh` may be None on
-    one device; its "model" axis shards the heads, its "context" axis the tokens of self-attention by the method
-    `context`: "ring" and "allgather" expect them in the order of `parallel.zigzag`, "ulysses" in their own. `interpret`
-    is for tests.
+    sequence, one for all rows). Statistics are float32, the output has q's dtype. `mesh` may be None on one device; its
+    "model" axis shards the heads, its "context" axis the tokens of self-attention by the method `context`: "ring" and
+    "allgather" expect them in the order of `parallel.zigzag`, "ulysses" in their own. `interpret` is for tests.
     """
     cached, other = kv_positions_BS is not None, kv_segments_BS is not None
     _check(cached, other, causal, window)
