@@ -66,15 +66,15 @@ def _text(options: Options, folder: Path, config: RunConfig, spec: MeshSpec) -> 
     from jaxlm.evaluate import output
 
     output.check_out(options.out)
+    if options.tasks and config.model.architecture == "encoder_decoder":
+        raise UserError(
+            "--tasks asks how likely texts go on, and an encoder_decoder answers what it has read; use --references"
+        )
     kind = import_module(f"jaxlm.evaluate.{'harness' if options.tasks else 'references'}")
     from jaxlm.checkpoint.opened import open_run
     from jaxlm.generate.decode import check
 
     check(config.model)
-    if options.tasks and config.model.architecture == "encoder_decoder":
-        raise UserError(
-            "--tasks asks how likely texts go on, and an encoder_decoder answers what it has read; use --references"
-        )
     run = open_run(folder, config, spec, options.step, output.note)
     output.note(run.describe())
     size = options.data.batch_size or config.data.batch_size
