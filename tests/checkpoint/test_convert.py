@@ -213,7 +213,7 @@ def back_of(run):
 
 
 REFUSED = [
-    ({"model_type": "t5"}, "model_type='t5' is not one of gpt2 llama"),
+    ({"model_type": "xlnet"}, "model_type='xlnet' is not one of gpt2 llama"),
     ({"model_type": None}, "model_type=None is not one of"),
     ({"hidden_size": None}, "hidden_size=None is not a whole number"),
     ({"hidden_size": "40"}, "hidden_size='40' is not a whole number"),
