@@ -16,20 +16,23 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-tpu lint types coverage parity kills hostile flips chaos benchmarks clean
+.PHONY: help train test test-slow test-every test-tpu lint types coverage parity kills hostile flips chaos benchmarks clean
 
 help:
 	@sed -n 's/^#  *make /  make /p' Makefile
-	@echo "  make test-slow | test-tpu | lint | types | coverage | parity | kills | hostile | flips | chaos | benchmarks | clean"
+	@echo "  make test-slow | test-every | test-tpu | lint | types | coverage | parity | kills | hostile | flips | chaos | benchmarks | clean"
 
 train: $(VENV)/.has-core
 	$(BIN)/python -m jaxlm.train --mesh=dp4,tp2 $(ARGS)
 
 test: $(VENV)/.has-test
-	$(PYTEST) -m "not slow" $(TESTS) $(ARGS)
+	$(PYTEST) -m "not slow and not every" $(TESTS) $(ARGS)
 
 test-slow: $(VENV)/.has-test
 	$(PYTEST) -m slow $(TESTS) $(ARGS)
+
+test-every: $(VENV)/.has-test  # an hour
+	$(PYTEST) -m every $(TESTS) $(ARGS)
 
 test-tpu: $(VENV)/.has-tpu
 	$(PYTEST) -m slow -k tpu $(TESTS) $(ARGS)
@@ -42,7 +45,7 @@ types: $(VENV)/.has-dev
 	$(BIN)/mypy
 
 coverage: $(VENV)/.has-test
-	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html $(TESTS) $(ARGS)
+	$(PYTEST) -m "not slow and not every" --cov --cov-report=term --cov-report=html $(TESTS) $(ARGS)
 
 parity: $(VENV)/.has-test  # an hour or two; goes on where it was stopped
 	$(BIN)/python -m tests.train.matrix --out=benchmarks/results/parity.json --page=docs/parity.md --jobs=$(JOBS) $(ARGS)

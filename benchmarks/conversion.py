@@ -56,11 +56,13 @@ with Store(sys.argv[1], keep=0) as store:
 """Saves step 0 again as training saves, from arrays in memory."""
 
 PEAK = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from jaxlm.checkpoint.__main__ import main
 main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 """
+"""Its own peak: that of `getrusage` begins at the memory of the process that started it."""
 
 
 def config(layers: int, vocabulary: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ ELSEWHERE = {
 """Commands that a page's blocks find in our place of the real ones."""
 
 TINY = """
-model: {{layers: 2, embed: 32, heads: 4, mlp: 64, max_positions: 256}}
+model: {{layers: 2, embed: 32, heads: 4, mlp: 64}}
 data: {{path: [{root}/jaxlm], cache: {cache}, vocabulary: 512, sequence_length: 32, validation: 0.1}}
 train: {{steps: 20, log_every: 5}}
 eval: {{batches: 2, sample_tokens: 16}}

@@ -1,6 +1,5 @@
 """Attention over a sequence that is cut over devices, by every method, against the definition on one device."""
 
-import itertools
 from functools import cache, partial
 
 import jax
@@ -17,6 +16,7 @@ from jaxlm.parallel import mesh as meshes
 from jaxlm.parallel.collectives import collectives
 from jaxlm.parallel.zigzag import order
 from tests.models.test_attention import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, error, packings, positions_of
+from tests.spread import spread
 
 B, T, N, H = 2, 96, 8, 8
 SCALE = H**-0.5
@@ -97,7 +97,7 @@ def mesh_named(name):
     return meshes.from_devices(spec, jax.devices()[: spec.device_count])
 
 
-EVERY = list(itertools.product(METHODS, MESHES, ((0, None), (5, None), (40, 5.0), (None, None)), (8, 2, 1)))
+RULES = ((0, None), (5, None), (40, 5.0), (None, None))
 DEFAULT = [
     ("ring", "cp2", (0, None), 8),
     ("ring", "cp4", (5, None), 2),
@@ -118,8 +118,9 @@ def test_every_method_is_the_reference(method, mesh, rule, kv_heads):
     check(mesh_named(mesh), method, kv_heads, *rule)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "mesh", "rule", "kv_heads"), [case for case in EVERY if case not in DEFAULT])
+@pytest.mark.parametrize(
+    ("method", "mesh", "rule", "kv_heads"), spread(METHODS, MESHES, RULES, (8, 2, 1), besides=DEFAULT)
+)
 def test_every_method_on_every_mesh_is_the_reference(method, mesh, rule, kv_heads):
     check(mesh_named(mesh), method, kv_heads, *rule)
 

@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm.parallel.collectives import collectives
 from jaxlm.train.step import eval_step
+from tests.spread import spread
 from tests.train.battery import batch, build, compare, configuration, measure, on_one_device, place
 
 RUNS = {
@@ -34,10 +35,7 @@ def test_mesh_equals_one_device(mesh):
     check(mesh, RUNS[mesh][0], **RUNS[mesh][1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("style", ["gpt", "llama"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mesh", MORE)
+@pytest.mark.parametrize(("mesh", "method", "style"), spread(MORE, METHODS, ("gpt", "llama")))
 def test_more_meshes_equal_one_device(mesh, method, style):
     # With 8 heads one element of a gradient is 1e-8, its rounding: the default epsilon would divide it by itself, and
     # one device would differ from itself with and without rematerialisation.

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.spread import spread
 from tests.train.battery import compare, configuration, measure, on_one_device
 
 MESHES = {
@@ -70,19 +71,21 @@ def test_dropout_takes_the_same_elements_in_microbatches(mesh: str) -> None:
     compare(measure(dropped, mesh), on_one_device(configuration("gpt", model__dropout=0.3))).check()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("style", ["gpt", "llama"])
-@pytest.mark.parametrize("mesh", MORE)
+@pytest.mark.parametrize(("mesh", "style"), spread(MORE, ("gpt", "llama"), together=1))
 def test_more_meshes_equal_one_device(mesh: str, style: str) -> None:
     config = configuration(style, **MORE[mesh])
     wanted = on_one_device(configuration(style))
     compare(measure(config, mesh), wanted).check()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("style", ["gpt", "llama"])
-@pytest.mark.parametrize("optimizer", ["adafactor", "lion", "muon", "sgd"])
-@pytest.mark.parametrize("mesh", ["dp8", "fsdp8", "tp2", "dp4,tp2", "dp2,fsdp2,tp2", "rep2,dp2,tp2"])
+@pytest.mark.parametrize(
+    ("mesh", "optimizer", "style"),
+    spread(
+        ["dp8", "fsdp8", "tp2", "dp4,tp2", "dp2,fsdp2,tp2", "rep2,dp2,tp2"],
+        ["adafactor", "lion", "muon", "sgd"],
+        ["gpt", "llama"],
+    ),
+)
 def test_every_optimizer_equals_one_device(mesh: str, optimizer: str, style: str) -> None:
     config = configuration(style, optimizer, **MESHES[mesh])
     compare(measure(config, mesh), on_one_device(configuration(style, optimizer))).check()

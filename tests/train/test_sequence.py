@@ -8,6 +8,7 @@ import pytest
 from jaxlm.config.schema import ContextConfig
 from jaxlm.parallel.collectives import collectives
 from jaxlm.train.step import eval_step
+from tests.spread import spread
 from tests.train.battery import batch, build, compare, configuration, measure, on_one_device, place
 
 ON = {"context__sequence_parallel": "on"}
@@ -15,7 +16,6 @@ RUNS = {"tp2": "gpt", "dp2,cp2,tp2": "llama", "pp2,tp2": "llama"}
 """Mesh of the default suite -> model."""
 
 MORE = ["tp4", "dp2,tp2", "fsdp2,tp4", "cp2,tp4", "rep2,dp2,tp2", "rep2,cp2,tp2", "pp2,fsdp2,tp2", "pp2,cp2,tp2"]
-MORE_RUNS = [*((mesh, style) for mesh in MORE for style in ("gpt", "llama", "moe")), ("ep2,tp2", "moe")]
 
 
 def check(mesh, style, **changes):
@@ -28,8 +28,7 @@ def test_mesh_equals_one_device(mesh):
     check(mesh, RUNS[mesh])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "style"), MORE_RUNS)
+@pytest.mark.parametrize(("mesh", "style"), spread(MORE, ("gpt", "llama", "moe"), together=1))
 def test_more_meshes_equal_one_device(mesh, style):
     check(mesh, style)
 
@@ -40,6 +39,11 @@ def test_more_meshes_equal_one_device(mesh, style):
 )
 def test_other_cuts_equal_one_device(changes):
     check("dp2,cp2,tp2", "gpt", **changes)
+
+
+@pytest.mark.slow
+def test_experts_that_are_dealt_out_equal_one_device():
+    check("ep2,tp2", "moe")
 
 
 def test_evaluation_is_that_of_one_device():
