@@ -25,7 +25,7 @@ class Assembly:
     config: RunConfig
     model: build.Model
     runtime: Runtime
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     plan: state.StatePlan
     step: Callable[[state.State, steps.Batch], tuple[state.State, steps.Metrics]]
     """Not compiled yet: see `compile`."""

@@ -43,25 +43,27 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """The update rule: clip, precondition, decay, step.
 
     Sources: AdamW (Loshchilov and Hutter 2019), Adafactor (Shazeer and Stern 2018, without parameter scaling, so that
     `learning_rate` means what it means for AdamW), Lion (Chen et al. 2023), Muon (Jordan et al. 2024; embeddings,
     output layer, norms and biases go to AdamW), SGD with momentum.
+
+    Its `update` takes `keep` too, a bool scalar: where it is false, the new state is the old one.
     """
     chain = optax.chain(
         _clip(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
-        _precondition(config),
+        _adam(config) if config.name == "adamw" else _held(_precondition(config)),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(schedule(config, steps)),
+        _held(optax.scale_by_learning_rate(schedule(config, steps))),
     )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, *, keep: jax.Array | bool = True) -> tuple[Any, Any]:
         with _optax_promotion():
-            return chain.update(updates, state, params)
+            return chain.update(updates, state, params, keep=keep)
 
-    return optax.GradientTransformation(chain.init, update)
+    return optax.GradientTransformationExtraArgs(chain.init, update)
 
 
 @contextmanager
@@ -91,9 +93,44 @@ def _clip(largest: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
+def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, held where not `keep`, whose updates are computed from the moments that it hands out.
+
+    Otherwise XLA:CPU computes them once more from the old moments, of which it then keeps copies. On an accelerator one
+    kernel computes moments and updates, which a barrier would cut in two.
+    """
+    beta1, beta2 = config.beta1, config.beta2
+
+    def update(grads: Any, state: Any, params: Any = None, *, keep: jax.Array | bool, **_: Any) -> tuple[Any, Any]:
+        tried = optax.ScaleByAdamState(
+            count=optax.safe_increment(state.count),
+            mu=optax.tree.update_moment(grads, state.mu, beta1, 1),
+            nu=optax.tree.update_moment_per_elem_norm(grads, state.nu, beta2, 2),
+        )
+        new = _where(keep, tried, state)
+        new = jax.lax.platform_dependent(new, cpu=jax.lax.optimization_barrier, default=lambda new: new)
+        mean = optax.tree.bias_correction(new.mu, beta1, new.count)
+        square = optax.tree.bias_correction(new.nu, beta2, new.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.epsilon), mean, square), new
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam().init, update)
+
+
+def _held(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`rule`, whose state stays where not `keep`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, keep: jax.Array | bool, **_: Any) -> tuple[Any, Any]:
+        updates, tried = rule.update(updates, state, params)
+        return updates, _where(keep, tried, state)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+def _where(keep: jax.Array | bool, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
+
+
 def _precondition(config: OptimizerConfig) -> optax.GradientTransformation:
-    if config.name == "adamw":
-        return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     if config.name == "lion":
         return optax.scale_by_lion(config.beta1, config.beta2)
     if config.name == "sgd":

@@ -150,7 +150,7 @@ def _accumulated(
 
 def train_step(
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     config: RunConfig,
     runtime: Runtime,
@@ -176,12 +176,12 @@ def train_step(
         norm = optax.tree.norm(grads)
         loss = total / jnp.maximum(count, 1.0)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, optimizer_state = optimizer.update(grads, state["optimizer"], params)
-        tried = {"params": optax.apply_updates(params, updates), "optimizer": optimizer_state}
+        updates, optimizer_state = optimizer.update(grads, state["optimizer"], params, keep=finite)
+        tried = optax.apply_updates(params, updates)
         if loads is not None and model.config.balance_rate:
-            tried["params"] = balance.rebalanced(tried["params"], loads, model.config.balance_rate)
-        kept = {name: state[name] for name in tried}
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), tried, kept)
+            tried = balance.rebalanced(tried, loads, model.config.balance_rate)
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), tried, params)
+        new = {"params": kept, "optimizer": optimizer_state}
         bad = jnp.where(finite, 0, 1)
         new["step"] = state["step"] + 1
         new["skipped"] = state["skipped"] + bad
