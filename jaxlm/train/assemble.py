@@ -31,9 +31,20 @@ class Assembly:
     """Not compiled yet: see `compile`."""
     batch: dict[str, jax.ShapeDtypeStruct]
 
-    def compile(self, announce: Callable[[str], None] = lambda line: None) -> jax.stages.Compiled:
-        """The step as a program that cannot recompile."""
-        return steps.compile_step(self.step, self.plan, self.batch, announce)
+    def lower(self) -> jax.stages.Lowered:
+        """The step as it is given to the compiler: all that Python has to do with it."""
+        return steps.lower_step(self.step, self.plan, self.batch)
+
+    def compile(
+        self, announce: Callable[[str], None] = lambda line: None, lowered: jax.stages.Lowered | None = None
+    ) -> jax.stages.Compiled:
+        """The step as a program that cannot recompile.
+
+        Args:
+            announce: told in one line that options of the compiler are set (`parallel.flags`).
+            lowered: what `lower` returned, where it was called already.
+        """
+        return steps.compile_step(lowered or self.lower(), self.runtime.layout.mesh.devices.flat[0], announce)
 
     def init(self, params: build.Params | None = None) -> state.State:
         """A fresh state, born sharded, or one that begins with `params`."""

@@ -76,8 +76,9 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
     with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every) as store:
         step = resume.choose(store, config.resume, say)
         heartbeat.phase("compile")
-        # XLA compiles the step on one core while the state is made, or read, on another.
-        compiling = None if (step or 0) >= config.train.steps else beside(assembly.compile, say)
+        # XLA compiles the step on one core while the state is made, or read, on another. Python's part comes first: it
+        # holds the others up.
+        compiling = None if (step or 0) >= config.train.steps else beside(assembly.compile, say, assembly.lower())
         beside(import_later_needs)
         start = resume.begin(assembly, store, step)
         events = Events(folder, write=first)

@@ -54,7 +54,7 @@ def plan(
         UserError: naming a parameter that its rules cannot shard.
     """
     mesh = layout.mesh
-    abstract = jax.eval_shape(lambda: _fresh(model, optimizer, jax.random.key(0), dtype, scaled))
+    abstract = jax.eval_shape(lambda params: _fresh(optimizer, params, dtype, scaled), model.abstract)
     names = {path: jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in _leaves(abstract["params"])}
     dims = {path: leaf for path, leaf in _leaves(model.dims, is_leaf=lambda leaf: isinstance(leaf, tuple))}
     param_specs = {path: layout.spec(dims[path], leaf.shape, names[path]) for path, leaf in _leaves(abstract["params"])}
@@ -97,7 +97,7 @@ def init(
     # It runs once: on CPU, LLVM would spend more on the code of the random draws than the draws take. Same bits.
     platform = jax.tree.leaves(plan.shardings)[0].mesh.devices.flat[0].platform
     make = jax.jit(
-        lambda key, params: _fresh(model, optimizer, key, dtype, scaled, params),
+        lambda key, params: _fresh(optimizer, model.init(key) if params is None else params, dtype, scaled),
         out_shardings=plan.shardings,
         donate_argnums=1,
         compiler_options={"xla_backend_optimization_level": 1} if platform == "cpu" else None,
@@ -105,15 +105,8 @@ def init(
     return make(jax.random.key(seed), params)
 
 
-def _fresh(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    key: jax.Array,
-    dtype: jnp.dtype,
-    scaled: bool,
-    params: Params | None = None,
-) -> State:
-    params = jax.tree.map(lambda p: p.astype(dtype), model.init(key) if params is None else params)
+def _fresh(optimizer: optax.GradientTransformation, params: Params, dtype: jnp.dtype, scaled: bool) -> State:
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
     state: State = {
         "params": params,
         "optimizer": optimizer.init(params),

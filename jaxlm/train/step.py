@@ -225,28 +225,23 @@ def _next_scale(scale: dict[str, jax.Array], finite: jax.Array) -> dict[str, jax
     }
 
 
-def compile_step(
-    step: Callable[[State, Batch], tuple[State, Metrics]],
-    plan: StatePlan,
-    batch: dict[str, jax.ShapeDtypeStruct],
-    announce: Callable[[str], None] = lambda line: None,
-) -> jax.stages.Compiled:
-    """Compile the step ahead of time, donating the state. The result cannot recompile: other shapes are an error.
-
-    Args:
-        announce: told in one line that options of the compiler are set (`parallel.flags`).
-    """
+def lower_step(
+    step: Callable[[State, Batch], tuple[State, Metrics]], plan: StatePlan, batch: dict[str, jax.ShapeDtypeStruct]
+) -> jax.stages.Lowered:
+    """The step for the compiler, donating the state. Its program cannot recompile: other shapes are an error."""
     mesh = jax.tree.leaves(plan.abstract)[0].sharding.mesh
-    jitted = jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=(plan.shardings, NamedSharding(mesh, PartitionSpec())),
-    )
-    device = mesh.devices.flat[0]
+    out_shardings = (plan.shardings, NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings).lower(plan.abstract, batch)
+
+
+def compile_step(
+    lowered: jax.stages.Lowered, device: jax.Device, announce: Callable[[str], None]
+) -> jax.stages.Compiled:
+    """Compile it for devices like this one, with the options of `parallel.flags`, and say in one line if any are."""
     options = flags.options(device.platform, device.device_kind)
     if options:
         announce(f"{len(options)} compiler options hide communication behind computation (--explain lists them)")
-    return flags.compile_with(jitted.lower(plan.abstract, batch), options, announce)
+    return flags.compile_with(lowered, options, announce)
 
 
 def eval_step(

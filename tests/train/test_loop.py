@@ -113,8 +113,8 @@ def test_a_step_is_dispatched_before_the_last_one_is_read(corpus: Path, tmp_path
     log: list[tuple[str, int]] = []
     compile_, read_ = Assembly.compile, loop.Run._read
 
-    def recorded(self: Assembly, announce):
-        compiled = compile_(self, announce)
+    def recorded(self: Assembly, *arguments):
+        compiled = compile_(self, *arguments)
 
         def dispatch(state, batch):
             log.append(("dispatch", 1 + sum(kind == "dispatch" for kind, _ in log)))
