@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxlm.config.schema import OptimizerConfig
@@ -82,6 +83,30 @@ def test_adamw_is_adamw() -> None:
         step = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8) + 0.01 * params
         np.testing.assert_allclose(updates["tokens"]["embedding"], -0.1 * step, rtol=2e-5)
         params = params - 0.1 * step
+
+
+def test_adamw_is_optaxs_to_the_bit() -> None:
+    config = OptimizerConfig()
+    ours, theirs = optimizer._adam(config), optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    states, random = [ours.init(PARAMS), theirs.init(PARAMS)], np.random.default_rng(0)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            grads = jax.tree.map(lambda p: jnp.asarray(random.normal(size=p.shape), jnp.float32), PARAMS)
+            updates, states[0] = ours.update(grads, states[0], keep=True)
+            wanted, states[1] = theirs.update(grads, states[1])
+            jax.tree.map(np.testing.assert_array_equal, (updates, states[0]), (wanted, states[1]))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_a_step_that_is_not_kept_leaves_the_state(name: str) -> None:
+    rule = optimizer.build(OptimizerConfig(name=name, warmup_steps=0), 10)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    _, state = rule.update(grads, rule.init(PARAMS), PARAMS)
+    bad = jax.tree.map(lambda g: g * jnp.inf, grads)
+    _, held = rule.update(bad, state, PARAMS, keep=jnp.bool_(False))
+    jax.tree.map(np.testing.assert_array_equal, held, state)
+    _, gone_on = rule.update(grads, state, PARAMS, keep=jnp.bool_(True))
+    assert not all(map(np.array_equal, jax.tree.leaves(gone_on), jax.tree.leaves(state)))
 
 
 def test_clipping_bounds_the_global_norm() -> None:

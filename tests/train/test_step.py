@@ -1,6 +1,8 @@
 """The step: token-exact accumulation, skipped steps, loss scaling, dtypes, where memory goes."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +136,18 @@ def test_zero_accumulators_take_less_memory_in_the_compiled_step() -> None:
     temporaries = [assembly.compile().memory_analysis().temp_size_in_bytes for assembly in (plain, zero)]
     parameters = leaf_bytes(plain.init()["params"])
     assert temporaries[1] < temporaries[0] - parameters / 2
+
+
+def test_nothing_large_is_copied_or_turned_around() -> None:
+    """Optimizer moments are written where they lay, and the logits of a shard stay as the matmul made them."""
+    assembly = build(configuration("gpt", model__vocabulary=640), "dp2,tp2")
+    text = assembly.compile().as_text()
+    entry = text[text.index("ENTRY") :]
+    copies = [list(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* copy\(", entry)]
+    assert max(map(math.prod, copies), default=0) <= 128, "the largest arrays that are copied: biases, at the most"
+    tokens, columns = 16 * 32 // 2, assembly.model.padded_vocabulary // 2
+    assert f"f32[{tokens},{columns}]" in text, "a device's logits"
+    assert f"f32[{columns},{tokens}]" not in text
 
 
 def test_the_same_model_is_born_on_every_mesh() -> None:
