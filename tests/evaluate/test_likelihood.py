@@ -1,5 +1,6 @@
 """Likelihoods of continuations, against the definition."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ PAIRS = [([7, 3], [99, 5, 6]), ([1], [2]), (list(range(20)), [4, 4]), ([50, 51],
 
 def by_definition(config):
     model, params, runtime = make(config)
+    length = max(len(context) + len(continuation) for context, continuation in PAIRS)
+    places = jnp.arange(length, dtype=jnp.int32)[None]
+    run = jax.jit(lambda batch: model.logits(params, model.hidden(params, batch, runtime), runtime))
     found = []
     for context, continuation in PAIRS:
-        tokens = jnp.asarray([context + continuation], jnp.int32)
-        batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
-        batch["positions"] = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        logits = np.asarray(model.logits(params, model.hidden(params, batch, runtime), runtime)[0], np.float64)
-        before = logits[len(context) - 1 : -1]
+        text = context + continuation
+        tokens = jnp.asarray([text + [0] * (length - len(text))], jnp.int32)
+        batch = {"tokens": tokens, "segment_ids": (places < len(text)).astype(jnp.int32), "positions": places}
+        logits = np.asarray(run(batch)[0], np.float64)
+        before = logits[len(context) - 1 : len(text) - 1]
         shares = before - np.log(np.exp(before).sum(axis=-1, keepdims=True))
         found.append((shares[range(len(continuation)), continuation].sum(), (before.argmax(-1) == continuation).all()))
     return found

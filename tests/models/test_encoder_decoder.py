@@ -145,15 +145,15 @@ def test_packed_documents_are_computed_as_alone() -> None:
     source = np.repeat([[1, 2, 3, 0]], [9, 20, 6, 5], axis=1)
     written = np.repeat([[1, 2, 3, 0]], [3, 7, 5, 1], axis=1)
     batch = batch_of(source, written)
-    together = model.hidden(params, batch, runtime())
+    hidden = jax.jit(lambda batch: model.hidden(params, batch, runtime()))
+    together = hidden(batch)
     for document in (1, 2, 3):
         own = {name: (source if "source" in name else written)[0] == document for name in batch}
         alone = {name: value[:, own[name]] for name, value in batch.items()}
         alone |= {name: jnp.ones_like(value) for name, value in alone.items() if "segment" in name}
-        found = model.hidden(params, alone, runtime())
-        close(together[:, written[0] == document], found)
+        close(together[:, written[0] == document], hidden(alone))
     other = batch | {"source_tokens": batch["source_tokens"].at[0, 12].add(1) % VOCABULARY}
-    changed = jnp.abs(model.hidden(params, other, runtime()) - together).max(axis=(0, 2)) > 0
+    changed = jnp.abs(hidden(other) - together).max(axis=(0, 2)) > 0
     assert changed.tolist() == (written[0] == 2).tolist(), "all of one document, and nothing of the others"
 
 
@@ -164,7 +164,7 @@ def test_a_cache_gives_what_the_whole_gives(changes: dict, attention: str) -> No
     length = 12
     batch = batch_of(np.repeat([[0, 1], [0, 1]], [4, 20], axis=1), np.ones((2, length), np.int32))
     own = runtime(attention)
-    whole = model.logits(params, model.hidden(params, batch, own), own)
+    whole = jax.jit(lambda batch: model.logits(params, model.hidden(params, batch, own), own))(batch)
     cache = empty_cache(model.config, batch=2, slots=16, dtype=own.dtype) | model.read_source(params, batch, own)
     decode = jax.jit(lambda part, cache: model.decode(params, part, own, cache))
     for at in range(length):
