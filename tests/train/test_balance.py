@@ -59,6 +59,7 @@ def test_a_skipped_step_leaves_biases_alone() -> None:
     assert held.any()
 
 
+@pytest.mark.slow
 def test_biases_even_out_the_load() -> None:
     config = configuration("moe_shared", model__balance_rate=0.03, model__balance_loss=0.0)
     assembly = build(config, "dp1")
