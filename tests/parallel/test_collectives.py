@@ -353,8 +353,8 @@ def test_fsdp_gathers_each_layer_in_the_loop_and_again_for_the_backward(style):
     count, gathered = total(rows, "all-gather", "fsdp")
     assert 1.7 * parameters < gathered <= 2 * parameters
     assert count > 4 * 2 * 6  # six matrices a layer at the least, each twice
-    # What is gathered does not stay: the same step on dp8 holds all gradients, this one weights and gradients of a layer
-    # at a time, together half a model of four layers, and its eighth of the rest.
+    # What is gathered does not stay: the same step on dp8 holds all gradients, this one weights and gradients of one of
+    # four layers at a time, together half a model, and its eighth of the rest.
     _, whole, _ = step("dp8", style)
     assert temporary < whole - parameters / 4
 
