@@ -249,7 +249,7 @@ def test_the_preview_of_a_large_recipe_needs_no_data(capsys: pytest.CaptureFixtu
 
 
 def test_a_run_that_does_not_compile_leaves_the_folder_to_the_next(corpus: Path, tmp_path: Path, monkeypatch) -> None:
-    def fails(self, announce):
+    def fails(self, *arguments):
         raise UserError("cannot be sharded")
 
     quick = {"train__steps": 2, "eval__every": 0, "eval__sample_tokens": 0}
