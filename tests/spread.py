@@ -2,7 +2,7 @@
 runs the rest."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +20,16 @@ def spread(*columns: Sequence[Any], together: int = 2, besides: Sequence[tuple] 
         best = max(range(len(rows)), key=lambda i: len(_groups(rows[i], together) & missing))
         chosen.add(best)
         missing -= _groups(rows[best], together)
+    return _marked(rows, chosen)
+
+
+def every_third(rows: Iterable[tuple]) -> list[Any]:
+    """Rows of which each third is of the slow suite; the others wait too."""
+    rows = list(rows)
+    return _marked(rows, range(0, len(rows), 3))
+
+
+def _marked(rows: Sequence[tuple], chosen: Container[int]) -> list[Any]:
     marks = {True: pytest.mark.slow, False: pytest.mark.every}
     return [pytest.param(*row, marks=marks[i in chosen]) for i, row in enumerate(rows)]
 

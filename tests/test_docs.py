@@ -155,7 +155,7 @@ def run_page(page: str, folder: Path, workshop: Path, *, slow: bool) -> None:
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copy(ROOT / "README.md", folder)
     for block in blocks(page, "bash", "sh", "python"):
-        if slow or not block.slow:
+        if block.slow == slow:
             quoted = f"python - <<'END_OF_BLOCK'\n{block.text}\nEND_OF_BLOCK"
             shell(quoted if block.language == "python" else block.text, folder, workshop)
 

@@ -35,7 +35,7 @@ def test_mesh_equals_one_device(mesh):
     check(mesh, RUNS[mesh][0], **RUNS[mesh][1])
 
 
-@pytest.mark.parametrize(("mesh", "method", "style"), spread(MORE, METHODS, ("gpt", "llama")))
+@pytest.mark.parametrize(("mesh", "method", "style"), spread(MORE, METHODS, ("gpt", "llama"), together=1))
 def test_more_meshes_equal_one_device(mesh, method, style):
     # With 8 heads one element of a gradient is 1e-8, its rounding: the default epsilon would divide it by itself, and
     # one device would differ from itself with and without rematerialisation.

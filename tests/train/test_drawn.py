@@ -126,7 +126,7 @@ def test_a_product_that_divides_is_accepted(keys: Keys) -> None:
     assert answer(keys) == (0, "")
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(fitting(), others)
 def test_another_product_is_accepted_or_refused_in_one_line(keys: Keys, more: Keys) -> None:
     code, said = answer(keys | more)
@@ -178,7 +178,7 @@ def test_what_is_accepted_can_be_built(keys: Keys, more: Keys) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(fitting(), small)
 def test_more_of_what_is_accepted_can_be_built(keys: Keys, more: Keys) -> None:
     check_built(keys | more)
@@ -231,7 +231,7 @@ def battery_runs(draw: st.DrawFn) -> tuple[str, str, Keys, Keys]:
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(battery_runs())
 def test_drawn_products_of_all_axes_equal_one_device(run: tuple[str, str, Keys, Keys]) -> None:
     mesh, style, what, how = run

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.spread import every_third
 from tests.train.battery import compare, configuration, measure, on_one_device
 
 MESHES = {
@@ -33,7 +34,7 @@ MORE = {
     ("moe_capped", "ep4,dp2"): {"train__microbatches": 2},
     ("moe_capped", "fsdp2,ep2,tp2"): {"remat": "full"},
 }
-"""Of the slow suite."""
+"""A third of them of the slow suite; the battery (`make parity`) has them all."""
 
 
 @pytest.mark.parametrize(("style", "mesh"), MESHES)
@@ -42,8 +43,7 @@ def test_mesh_equals_one_device(style: str, mesh: str) -> None:
     compare(measure(config, mesh), on_one_device(configuration(style))).check()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("style", "mesh"), MORE)
+@pytest.mark.parametrize(("style", "mesh"), every_third(MORE))
 def test_more_meshes_equal_one_device(style: str, mesh: str) -> None:
     config = configuration(style, **MORE[style, mesh])
     compare(measure(config, mesh), on_one_device(configuration(style))).check()

@@ -84,6 +84,7 @@ def test_more_meshes_equal_one_device(mesh: str, style: str) -> None:
         ["dp8", "fsdp8", "tp2", "dp4,tp2", "dp2,fsdp2,tp2", "rep2,dp2,tp2"],
         ["adafactor", "lion", "muon", "sgd"],
         ["gpt", "llama"],
+        together=1,
     ),
 )
 def test_every_optimizer_equals_one_device(mesh: str, optimizer: str, style: str) -> None:
@@ -140,7 +141,7 @@ def test_drawn_meshes_and_shapes_equal_one_device(run: tuple[str, dict]) -> None
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(runs())
 def test_many_drawn_meshes_and_shapes_equal_one_device(run: tuple[str, dict]) -> None:
     check_drawn(run)
