@@ -2,6 +2,7 @@
 runs the rest."""
 
 import itertools
+from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
@@ -10,15 +11,19 @@ import pytest
 
 def spread(*columns: Sequence[Any], together: int = 2, besides: Sequence[tuple] = ()) -> list[Any]:
     """All combinations of the columns' values but those of `besides`. As few as a greedy choice finds are of the slow
-    suite: each `together` values of different columns meet in one of them or in one of `besides`. The others wait for
-    `make test-every`."""
+    suite: each `together` values of different columns meet in one of them or in one of `besides`, and values take turns.
+    The others wait for `make test-every`."""
     rows = [row for row in itertools.product(*columns) if row not in besides]
     missing = set().union(*(_groups(row, together) for row in rows))
     missing -= set().union(*(_groups(row, together) for row in besides))
-    chosen = set()
+    chosen, used = set(), Counter()
     while missing:
-        best = max(range(len(rows)), key=lambda i: len(_groups(rows[i], together) & missing))
+        best = max(
+            range(len(rows)),
+            key=lambda i: (len(_groups(rows[i], together) & missing), -sum(used[at] for at in enumerate(rows[i]))),
+        )
         chosen.add(best)
+        used.update(enumerate(rows[best]))
         missing -= _groups(rows[best], together)
     return _marked(rows, chosen)
 

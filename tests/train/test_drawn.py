@@ -126,7 +126,7 @@ def test_a_product_that_divides_is_accepted(keys: Keys) -> None:
     assert answer(keys) == (0, "")
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(fitting(), others)
 def test_another_product_is_accepted_or_refused_in_one_line(keys: Keys, more: Keys) -> None:
     code, said = answer(keys | more)
