@@ -10,9 +10,11 @@ import pytest
 
 
 def spread(*columns: Sequence[Any], together: int = 2, besides: Sequence[tuple] = ()) -> list[Any]:
-    """All combinations of the columns' values but those of `besides`. As few as a greedy choice finds are of the slow
-    suite: each `together` values of different columns meet in one of them or in one of `besides`, and values take turns.
-    The others wait for `make test-every`."""
+    """All combinations of the columns' values but those of `besides`.
+
+    As few as a greedy choice finds are of the slow suite: each `together` values of different columns meet in one of
+    them or in one of `besides`, and values take turns. The others wait for `make test-every`.
+    """
     rows = [row for row in itertools.product(*columns) if row not in besides]
     missing = set().union(*(_groups(row, together) for row in rows))
     missing -= set().union(*(_groups(row, together) for row in besides))
