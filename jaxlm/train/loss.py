@@ -352,20 +352,13 @@ def _wide(mask_SC):
 
 
 def _matmul(spec, left, right):
-    # As `jnp.einsum`, which would put `right` first for some of these: on a mesh, where no shard of the vocabulary is
-    # left to count, XLA:CPU would then compute the logits turned around, and turn them back wherever they are read.
-    of_left, of_right, out = spec.replace("->", ",").split(",")
-    batch = [name for name in of_left if name in of_right and name in out]
-    summed = [name for name in of_left if name in of_right and name not in out]
-
-    def places(names):
-        return [of_left.index(name) for name in names], [of_right.index(name) for name in names]
-
-    made = [*batch, *(name for name in of_left + of_right if name in out and name not in batch)]
+    # `jnp.einsum` begins with the last operand. Begun with `right`, XLA:CPU would compute the logits of a shard of the
+    # vocabulary turned around, and turn them back wherever they are read.
+    names, out = spec.split("->")
+    swapped = f"{','.join(reversed(names.split(',')))}->{out}"
 
     def multiply(left, right):
-        product = jax.lax.dot_general(left, right, (places(summed), places(batch)), preferred_element_type=jnp.float32)
-        return product.transpose([made.index(name) for name in out])
+        return jnp.einsum(swapped, right, left, preferred_element_type=jnp.float32)
 
     def multiply_wide(left, right):
         return multiply(left.astype(jnp.float32), right.astype(jnp.float32))
