@@ -2,12 +2,17 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # jax reads these as it is imported; commands that tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is what the suite's time goes into; LLVM's optimisations cost more of it than they save in runs this small.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# Compiling is what the suite's time goes into: LLVM's optimisations, and the emitters of kernels made for them, cost
+# more of it than they save in runs this small. Later versions have no other emitters.
+CHEAP = ["--xla_backend_optimization_level=0"]
+if version("jaxlib").startswith("0.10."):
+    CHEAP.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *CHEAP]).strip()
 # Workers, reruns and those commands share what they compile.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxlm-tests-{os.getuid()}"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

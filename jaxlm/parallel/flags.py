@@ -1,16 +1,16 @@
-"""Compiler options that let communication run beside computation: the one place where they are set.
+"""Compiler options, most of which let communication run beside computation: the one place where they are set.
 
 They are given to the compiler with the step, so that a program is the same whatever the environment of the process, and
-`--explain` lists them. To decide otherwise, name an option in `XLA_FLAGS` (GPU) or `LIBTPU_INIT_ARGS` (TPU), as in
+`--explain` lists them. To decide otherwise, name an option in `XLA_FLAGS` (CPU, GPU) or `LIBTPU_INIT_ARGS` (TPU), as in
 `XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=false`: an option named there is left to the environment. On CPU
-there are none: its devices are threads of one process, with nothing to hide.
+the step has none: its devices are threads of one process, with nothing to hide.
 
 See https://docs.jax.dev/en/latest/gpu_performance_tips.html for GPU, and MaxText's `xla_flags_library.py` for TPU.
 """
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,11 +101,30 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
 }
 """By platform. Each has been given to that platform's compiler: see `benchmarks/tpu_compile.py`."""
 
+INITIALISATION: dict[str, tuple[Option, ...]] = {
+    "cpu": (
+        Option(
+            name="xla_backend_optimization_level",
+            value=1,
+            why="it runs once: LLVM would take longer over the draws than they take; same bits",
+        ),
+    ),
+}
+"""By platform, for the program that makes a fresh state."""
+
 
 def options(platform: str, kind: str) -> tuple[Option, ...]:
-    """Those for devices of `kind` on `platform`, without the ones that the environment names."""
+    """Those of a step on devices of `kind` on `platform`, without the ones that the environment names."""
+    return _left(option for option in OPTIONS[platform] if not option.kinds or kind in option.kinds)
+
+
+def initialisation(platform: str) -> dict[str, Any]:
+    """Name to value of those for making a fresh state, without the ones that the environment names."""
+    return {option.name: option.value for option in _left(INITIALISATION.get(platform, ()))}
+
+
+def _left(meant: Iterable[Option]) -> tuple[Option, ...]:
     named = {name for key in ENVIRONMENT for name in re.findall(r"--(\w+)", os.environ.get(key, ""))}
-    meant = (option for option in OPTIONS[platform] if not option.kinds or kind in option.kinds)
     return tuple(option for option in meant if not named & {option.name, *(option.older or ())[:1]})
 
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.config.schema import OptimizerConfig
 from jaxlm.models.build import Model, Params
+from jaxlm.parallel import flags
 from jaxlm.parallel.rules import Layout, spread
 
 State = dict[str, Any]
@@ -94,13 +95,12 @@ def init(
     """
     dtype = jax.tree.leaves(plan.abstract["params"])[0].dtype
     scaled = "loss_scale" in plan.abstract
-    # It runs once: on CPU, LLVM would spend more on the code of the random draws than the draws take. Same bits.
     platform = jax.tree.leaves(plan.shardings)[0].mesh.devices.flat[0].platform
     make = jax.jit(
         lambda key, params: _fresh(optimizer, model.init(key) if params is None else params, dtype, scaled),
         out_shardings=plan.shardings,
         donate_argnums=1,
-        compiler_options={"xla_backend_optimization_level": 1} if platform == "cpu" else None,
+        compiler_options=flags.initialisation(platform) or None,
     )
     return make(jax.random.key(seed), params)
 

@@ -41,6 +41,16 @@ def test_an_option_that_the_environment_names_is_left_to_it(variable, monkeypatc
         assert names("gpu") == [every[0], *every[2:]]
 
 
+def test_the_program_of_a_fresh_state_is_compiled_lightly_unless_the_environment_decides(monkeypatch):
+    for key in flags.ENVIRONMENT:
+        monkeypatch.delenv(key, raising=False)
+    chosen = flags.initialisation("cpu")
+    assert chosen == {"xla_backend_optimization_level": 1} and flags.initialisation("gpu") == {}
+    assert float(ADD.compile(compiler_options=chosen)(jax.numpy.float32(1))) == 2
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
+    assert flags.initialisation("cpu") == {}
+
+
 def test_options_of_gpu_are_known_to_xla():
     """They are fields of XLA's own options, which its compiler for CPU knows too, by a new name or an old; those of TPU
     only libtpu knows."""

@@ -143,8 +143,13 @@ def place(assembly: Assembly, arrays: dict[str, np.ndarray]) -> dict[str, jax.Ar
     return {name: jax.device_put(value, assembly.batch[name].sharding) for name, value in arrays.items()}
 
 
-def measure(config: RunConfig, mesh: str) -> Result:
-    """Three real steps, and the gradients of the first."""
+def measure(config: RunConfig, mesh: str, *, born_there: bool = False) -> Result:
+    """Three real steps, and the gradients of the first.
+
+    Args:
+        born_there: the state is initialised on the mesh. Else on one device, the same (a test of its own says so) and
+            a compilation less.
+    """
     assembly = build(config, mesh)
     step = steps.train_step(
         assembly.model,
@@ -157,7 +162,8 @@ def measure(config: RunConfig, mesh: str) -> Result:
     )
     shardings = (assembly.plan.shardings, None)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(assembly.plan.abstract, assembly.batch)
-    compiled, state = compiled.compile(), assembly.init()
+    compiled = compiled.compile()
+    state = assembly.init() if born_there else jax.device_put(born_on_one_device(plain(config)), shardings[0])
     losses, gradients = [], {}
     for seed in range(3):
         state, metrics = compiled(state, place(assembly, batch(config, seed)))
@@ -169,14 +175,24 @@ def measure(config: RunConfig, mesh: str) -> Result:
 @functools.cache
 def on_one_device(config: RunConfig) -> Result:
     """The reference: plain, one device, no accumulation, nothing recomputed, nothing sharded."""
-    plain = dataclasses.replace(
+    return measure(plain(config), "dp1")
+
+
+def plain(config: RunConfig) -> RunConfig:
+    """What one device runs in place of `config`."""
+    return dataclasses.replace(
         config,
         remat="none",
         attention="reference",
         train=dataclasses.replace(config.train, microbatches=1),
         optimizer=dataclasses.replace(config.optimizer, shard="none"),
     )
-    return measure(plain, "dp1")
+
+
+@functools.cache
+def born_on_one_device(config: RunConfig) -> Any:
+    """The state that a run begins with, on the host."""
+    return jax.device_get(build(config, "dp1").init())
 
 
 def compare(found: Result, wanted: Result) -> Errors:

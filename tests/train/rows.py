@@ -170,7 +170,9 @@ class Row:
     def errors(self) -> Errors:
         """Measure the row on this process's devices."""
         run = {key: value for key, value in self.keys.items() if key.startswith("model__") or key in ROUNDED}
-        return compare(measure(self.config, self.mesh), on_one_device(configuration(self.style, **run)))
+        return compare(
+            measure(self.config, self.mesh, born_there=True), on_one_device(configuration(self.style, **run))
+        )
 
 
 def _rows() -> Iterator[Row]:

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm.checkpoint.store import Store
 from jaxlm.train.assemble import Assembly
-from tests.train.battery import LOSS, batch, build, configuration, place
+from tests.train.battery import LOSS, batch, born_on_one_device, build, configuration, place
 
 MESHES = (
     "dp1",
@@ -46,7 +46,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory):
         if mesh not in made:
             assembly = build(config, mesh)
             compiled = assembly.compile()
-            state, _ = compiled(assembly.init(), place(assembly, batch(config, 0)))
+            state = jax.device_put(born_on_one_device(config), assembly.plan.shardings)
+            state, _ = compiled(state, place(assembly, batch(config, 0)))
             with Store(where) as store:
                 store.save(1, state, {"position": config.data.batch_size})
             values = plain(state)

@@ -177,7 +177,7 @@ def test_what_is_accepted_can_be_built(keys: Keys, more: Keys) -> None:
     check_built(keys | more)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 @settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(fitting(), small)
 def test_more_of_what_is_accepted_can_be_built(keys: Keys, more: Keys) -> None:
@@ -231,7 +231,7 @@ def battery_runs(draw: st.DrawFn) -> tuple[str, str, Keys, Keys]:
 
 
 @pytest.mark.slow
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(battery_runs())
 def test_drawn_products_of_all_axes_equal_one_device(run: tuple[str, str, Keys, Keys]) -> None:
     mesh, style, what, how = run

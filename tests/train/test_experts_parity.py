@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.spread import every_third
+from tests.spread import every_third, spread
 from tests.train.battery import compare, configuration, measure, on_one_device
 
 MESHES = {
@@ -49,11 +49,13 @@ def test_more_meshes_equal_one_device(style: str, mesh: str) -> None:
     compare(measure(config, mesh), on_one_device(configuration(style))).check()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon", "sgd"])
-@pytest.mark.parametrize(("style", "mesh"), [("moe", "ep2,tp2,dp2"), ("moe_shared", "fsdp2,ep4")])
-def test_every_optimizer_equals_one_device(style: str, mesh: str, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "run"),
+    spread(["adafactor", "muon", "sgd"], [("moe", "ep2,tp2,dp2"), ("moe_shared", "fsdp2,ep4")], together=1),
+)
+def test_every_optimizer_equals_one_device(optimizer: str, run: tuple[str, str]) -> None:
     """Lion is left out: its update is a sign, and among half a million elements of experts there are some whose
     momentum is within rounding of zero. One of them alone is more than 1e-5 of its kernel."""
-    config = configuration(style, optimizer, **MESHES[style, mesh])
+    style, mesh = run
+    config = configuration(style, optimizer, **MESHES[run])
     compare(measure(config, mesh), on_one_device(configuration(style, optimizer))).check()
