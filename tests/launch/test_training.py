@@ -60,7 +60,7 @@ def goes_on_to_equal(job: Launched, whole: Path) -> str:
     return error
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.every)])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_changes_no_bit_of_any_loss(training: list[str], whole: Path, tmp_path: Path, rank: int) -> None:
     with launched(tmp_path, f"--coordinator={LOOPBACK}", training=training, fake=False) as job:
         job.wait_for_step(6)
@@ -78,10 +78,8 @@ def test_a_stopped_rank_is_found(training: list[str], whole: Path, tmp_path: Pat
         assert "rank 1 stood still (stopped by a signal) in" in goes_on_to_equal(job, whole)
 
 
-@pytest.mark.parametrize(
-    "where", [pytest.param(where, marks=pytest.mark.slow) for where in ("compile:0:0", "save:8:1")]
-    + [pytest.param(where, marks=pytest.mark.every) for where in ("data:6:1", "step:6:1", "step:6:0")],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["compile:0:0", "data:6:1", "step:6:1", "step:6:0", "save:8:1"])
 def test_a_stall_is_found(training: list[str], whole: Path, tmp_path: Path, where: str) -> None:
     phase, step, rank = where.split(":")
     with launched(tmp_path, *SOON, training=training, fake=False, JAXLM_STALL=f"{where}:3600") as job:
@@ -101,8 +99,8 @@ def rank_signals(job: Launched, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["SIGTERM at one", pytest.param("SIGTERM at all, in saves", marks=pytest.mark.slow)]
-    + [pytest.param(c, marks=pytest.mark.every) for c in ("SIGTERM at all", "SIGTERM twice", "SIGINT at one")],
+    "case", ["SIGTERM at one", *(pytest.param(c, marks=pytest.mark.slow) for c in (
+        "SIGTERM at all", "SIGTERM twice", "SIGINT at one", "SIGTERM at all, in saves"))],
 )  # fmt: skip
 def test_ranks_that_get_a_signal_save_one_step_together(training: list[str], tmp_path: Path, case: str) -> None:
     saves = ["--checkpoint.every=1"] if "in saves" in case else ["--checkpoint.every=0"]

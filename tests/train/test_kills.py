@@ -43,13 +43,8 @@ def test_the_page_says_what_the_campaign_found() -> None:
         assert f"| `{row['point']}` | {POINTS[row['point']]} | {row['kills']} | {row['runs']} | 0 |" in page
 
 
-@pytest.mark.parametrize(
-    "point",
-    [
-        pytest.param(point, marks=pytest.mark.slow if point in ("array-write", "retention") else pytest.mark.every)
-        for point in POINTS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
 def test_a_sample_of_the_campaign(folder: Path, point: str) -> None:
     row = campaign(folder, folder / "whole", point, kills=2, seed=1)
     assert row["kills"] == 2 and row["differences"] == []
