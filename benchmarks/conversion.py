@@ -124,13 +124,14 @@ def measure(folder: Path, layers: int, vocabulary: int) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Measure, print and write."""
+    import report  # beside this file: found where it is run, and not where tests import it
+
     options, _ = load(Options, argv)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), options.layers, options.vocabulary)
     for name, value in found.items():
         print(f"{name:24} {value / 1e6:,.0f} MB" if name.endswith("bytes") else f"{name:24} {value}")
-    if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+    report.write(options.out, "conversion.py", argv, found)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _checkpoint(folder: Path, step: int) -> dict[str, Any]:
-    """Positions and the bytes of arrays, by name."""
+    """Positions, what is known of the losses before, and the bytes of arrays, by name."""
     with Store(folder) as store:
         meta, leaves = store.meta(step), manifest.read_meta(folder, step)["leaves"]
         wanted = {name: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for name, leaf in leaves.items()}
         arrays = {name: np.asarray(leaf).tobytes() for name, leaf in store.restore(step, wanted).items()}
-    return arrays | {name: meta[name] for name in ("position", "seen_tokens")}
+    return arrays | {name: meta[name] for name in ("position", "seen_tokens", "watch")}
 
 
 def write_corpus(folder: Path, size: int) -> None:

@@ -152,6 +152,8 @@ def _show(folder: Path, steps: list[int], _: Show) -> int:
             f"checkpoint {step} in {folder} is damaged: {error}; verify finds a sound one"
         ) from error
     for key, value in {"step": step, "bytes": size, **record["meta"]}.items():
+        if key == "watch":  # a hundred losses, which metrics.jsonl has too
+            continue
         if isinstance(value, str) and "\n" in value:  # a resolved configuration: as the file it was
             print(f"{key}:", textwrap.indent(value.rstrip(), "  "), sep="\n")
         else:

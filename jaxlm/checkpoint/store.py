@@ -25,9 +25,8 @@ from jax.experimental import multihost_utils
 
 from jaxlm.checkpoint import manifest, provenance
 from jaxlm.config import faultpoints
-from jaxlm.config.cli import FULL
 from jaxlm.config.errors import CommandError, UserError
-from jaxlm.config.files import write_atomically
+from jaxlm.config.files import FULL, write_atomically
 
 _PLAIN_FILES = "TensorStore data files not found"
 """What Orbax warns of where arrays lie in files of their own, as `slices` writes them."""
@@ -45,19 +44,27 @@ class Store:
     """The checkpoints of one run, in `folder`: see `manifest` for what lies in it.
 
     Keeps the newest `keep` steps (0: all) and every step divisible by `keep_every` (0: none); an older step is deleted
-    only after a newer one is committed. With several processes, all of them construct it and call save, wait,
+    only while as many newer ones are committed. With several processes, all of them construct it and call save, wait,
     latest_valid, restore and close in the same order, on a shared file system; process 0 writes manifests and deletes.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        keep_every: int = 0,
+        announce: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`announce` gets a line where a step that retention does not keep cannot be deleted."""
         if "://" in str(folder):
             raise UserError(f"run folder {str(folder)!r}: checkpoints need a file system, not a bucket (--run)")
         if keep < 0 or keep_every < 0:
             raise UserError(f"checkpoint.keep={keep} and keep_every={keep_every} must be 0 or more (--checkpoint.keep)")
         self.folder = Path(folder).absolute()
         self.keep, self.keep_every = keep, keep_every
+        self._announce = announce
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: tuple[int, Future[None]] | None = None
+        self._pending: tuple[int, Future[str | None]] | None = None
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Store":
@@ -117,6 +124,8 @@ class Store:
         error = future.exception()
         if _any_process(error is not None):
             raise self._failure(step, error) from error
+        if untidy := future.result():
+            self._announce(untidy)
         return step
 
     def close(self) -> None:
@@ -185,7 +194,8 @@ class Store:
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
     def _prepare(self, step: int) -> int:
-        """Remove leftovers of earlier saves of `step`; the number of the new save, agreed by all processes."""
+        """Make room: remove leftovers of earlier saves of `step`, and other steps that do not count or are not kept;
+        the number of the new save, agreed by all processes."""
         number, failure = 0, None
         if jax.process_index() == 0:
             try:
@@ -193,6 +203,7 @@ class Store:
                 current = manifest.attempt(self.folder, step)
                 manifest.delete_leftovers(self.folder, step, current)
                 number = current + 1
+                self._tidy(but=step)
             except OSError as error:
                 failure = error
         if jax.process_count() > 1:
@@ -201,12 +212,13 @@ class Store:
             raise self._failure(step, failure) from failure
         return number
 
-    def _finish(self, step: int, number: int, wait: Callable[[], None], text: str) -> None:
-        """In the background: wait for Orbax, then commit the step and delete what retention does not keep."""
+    def _finish(self, step: int, number: int, wait: Callable[[], None], text: str) -> str | None:
+        """In the background: wait for Orbax, then commit the step and delete what retention does not keep. A line where
+        something cannot be deleted: the step counts all the same."""
         faultpoints.point("array-write")
         wait()
         if jax.process_index() != 0:
-            return
+            return None
         faultpoints.point("data-state")
         write_atomically(manifest.save_folder(self.folder, step, number) / manifest.META, text)
         faultpoints.point("before-commit")
@@ -214,8 +226,21 @@ class Store:
         faultpoints.point("after-commit")
         self._damaged.discard(step)
         manifest.delete_leftovers(self.folder, step, number)
+        return self._tidy()
+
+    def _tidy(self, but: int = -1) -> str | None:
+        """Delete the steps that retention does not keep and those that were never finished; a line about the first that
+        cannot be deleted."""
+        found = None
         for other in (*self._expired(), *manifest.incomplete(self.folder)):
-            manifest.delete(self.folder, other)
+            if other == but:
+                continue
+            try:
+                manifest.delete(self.folder, other)
+            except OSError as error:
+                where = self.folder / str(other)
+                found = found or f"warning: old checkpoint {where} cannot be deleted: {_reason(error)}"
+        return found
 
     def _expired(self) -> list[int]:
         """Committed steps that retention does not keep; damaged ones neither count nor go (evidence)."""

@@ -1,9 +1,13 @@
 """Small files: written whole or not at all, read up to a limit."""
 
+import errno
 import os
 from pathlib import Path
 
 from jaxlm.config.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors that say a disk has no room."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

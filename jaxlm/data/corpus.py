@@ -101,6 +101,10 @@ class Corpora:
     def documents(self, split: SplitName) -> int:
         return sum(len(corpus.split(split).documents) for corpus in self.corpora)
 
+    def digest(self) -> str:
+        """SHA-256 that is equal for equal tokens in equal documents, in the same order: what a position counts in."""
+        return hashlib.sha256(json.dumps([corpus.folder.checksums for corpus in self.corpora]).encode()).hexdigest()
+
     def unigram_entropy(self, split: SplitName = "train", most: int = 50_000_000) -> float:
         """Entropy of the token frequencies in nats a token, corpora weighted as in training: the loss of the best model
         that sees no context. Reads about `most` tokens of each corpus, so that a large one does not delay the start."""

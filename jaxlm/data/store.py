@@ -67,6 +67,11 @@ class TokenFolder:
         self._shard_starts = np.cumsum([0, *(shard.tokens for shard in self.shards)])
         self._read_documents()
 
+    @property
+    def checksums(self) -> list[tuple[str, str]]:
+        """SHA-256 of each shard's tokens and documents, as its index has them."""
+        return [(shard.tokens_sha256, shard.documents_sha256) for shard in self.shards]
+
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
         found = tokenizers.load(self.path / "tokenizer")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlm.config.files import write_atomically
+
 Ids = Sequence[int] | np.ndarray
 
 
@@ -95,9 +97,12 @@ class Tokenizer(ABC):
         return ()
 
     def save(self, folder: str | Path) -> None:
+        """Write its files, each whole or not at all; those that are there already stay as they are."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
-            (Path(folder) / name).write_bytes(content)
+            path = Path(folder) / name
+            if not path.is_file() or path.read_bytes() != content:
+                write_atomically(path, content)
 
     def digest(self) -> str:
         """SHA-256 that is equal for equal tokenizers."""

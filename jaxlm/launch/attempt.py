@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -176,11 +177,12 @@ class Attempt:
         time.sleep(LOOK_SECONDS)  # for the last lines of the last one
 
     def _show(self) -> None:
-        """Rank 0 speaks for all."""
+        """Rank 0 speaks for all; that nobody can hear it is no reason to end a run."""
         for rank in self.ranks:
-            if rank.number == 0 and rank.log.exists():
-                sys.stdout.write(rank.new_output())
-                sys.stdout.flush()
+            if rank.number == 0:
+                with suppress(OSError):
+                    sys.stdout.write(rank.new_output())
+                    sys.stdout.flush()
 
 
 def _where(beat: Any) -> str:

@@ -7,6 +7,7 @@ gone-S                   process S will not come back; whoever brings it back de
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,12 +57,13 @@ class Board:
         self.keep_alive()
 
     def keep_alive(self) -> None:
-        """Node 0: show the other nodes that it is there; cheap enough for every look."""
+        """Node 0: show the other nodes that it is there; cheap enough for every look, and it tries again."""
         if self._node == 0 and self._nodes > 1 and time.monotonic() - self._written > ALIVE_SECONDS:
             self._alive, self._written = self._alive + 1, time.monotonic()
             plan = self._plan.dump() if self._plan else None
             text = json.dumps({"alive": self._alive, "time": time.time(), "plan": plan, "final": self._final})
-            write_atomically(self.folder / "board.json", text)
+            with suppress(OSError):
+                write_atomically(self.folder / "board.json", text)
 
     def lost(self) -> bool:
         """Other nodes: whether node 0 has not been heard of for LOST_SECONDS."""
@@ -99,5 +101,9 @@ class Board:
             self._text, self._changed = text, time.monotonic()
 
     def _read(self) -> str:
-        path = self.folder / "board.json"
-        return path.read_text() if path.exists() else ""
+        try:
+            return (self.folder / "board.json").read_text()
+        except FileNotFoundError:
+            return ""
+        except OSError:
+            return self._text  # as it was when it could be read

@@ -35,7 +35,7 @@ class Watch:
         phase they are in. So its limit counts and no other, from when it came to be the last: before, it may have
         waited itself.
         """
-        self.beats = [heartbeat.read(file) for file in self._files]
+        self.beats = [heartbeat.read(*pair) for pair in zip(self._files, self.beats, strict=True)]
         running = [rank for rank in range(len(self._files)) if rank not in ended]
         if not running:
             return None

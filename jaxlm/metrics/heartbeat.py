@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -59,12 +60,15 @@ def phase(name: Phase, step: int = 0) -> None:
     stall(name, step)
 
 
-def read(path: Path) -> Beat:
-    """The last beat in a file; that of a process which has not begun, where there is none."""
+def read(path: Path, before: Beat | None = None) -> Beat:
+    """The last beat in a file: that of a process which has not begun, where there is none; the one read `before`, while
+    the file cannot be read."""
     try:
         return Beat(**json.loads(path.read_text()))
     except FileNotFoundError:
         return Beat()
+    except OSError:
+        return before or Beat()
 
 
 def stacks(path: Path) -> Path:
@@ -73,13 +77,13 @@ def stacks(path: Path) -> Path:
 
 
 class _File:
-    """Writes the last beat to `path`, if it has not been written yet."""
+    """Writes the last beat to `path`, if it has not been written yet. What a full disk refuses, it tries again."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._written, self._lock = path, Beat(), threading.Lock()
 
     def write(self) -> None:
-        with self._lock:
+        with self._lock, suppress(OSError):
             if (beat := _beat) is not self._written:
                 partial = self._path.with_name(self._path.name + ".partial")
                 partial.write_text(json.dumps(beat._asdict()))

@@ -8,20 +8,40 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from jaxlm.config.files import FULL
+
 
 class JsonLines:
-    """Appends objects to `path`, each line written at once."""
+    """Appends objects to `path`, each line written at once.
+
+    Lines that a full disk has no room for are kept, and written before the next one: a run that waits for room, or goes
+    on without a checkpoint, must not end for a line about it.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._left = b""
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write one line. A number that is not finite becomes null, and its kind is kept under `nonfinite`."""
-        self._file.write(encode(values) + "\n")
+        self._left += (encode(values) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError if lines are left that there is no room for."""
+        try:
+            self._write()
+        finally:
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._left:
+            self._left = self._left[self._file.write(self._left) :]
 
 
 def encode(values: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
+from jaxlm.config.files import FULL
+
 
 class Progress:
     """Shows how a run of `steps` steps advances from step `start`; `show` is false on all processes but one.
@@ -52,12 +54,12 @@ class Progress:
             self._bar.update(self._task, completed=step, numbers=self._numbers(step, values))
         else:
             width = len(str(self._steps))
-            self._console.print(f"step {step:{width}d}/{self._steps}  {self._numbers(step, values)}")
+            self._print(f"step {step:{width}d}/{self._steps}  {self._numbers(step, values)}")
 
     def say(self, text: str) -> None:
         """A line of its own (a save, an evaluation, a warning), above the bar where there is one."""
         if self._show:
-            self._console.print(text)
+            self._print(text)
 
     def eta_seconds(self, step: int) -> float | None:
         """Seconds until the last step at the pace since the first one; None while there is no pace yet."""
@@ -65,6 +67,14 @@ class Progress:
             return None
         began, first = self._first
         return (time.monotonic() - began) / (step - first) * (self._steps - step)
+
+    def _print(self, text: str) -> None:
+        """A line for which the disk that takes the output has no room is no reason to end a run."""
+        try:
+            self._console.print(text)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
 
     def _numbers(self, step: int, values: Mapping[str, Any]) -> str:
         known = {key: value for key, value in values.items() if value is not None}

@@ -73,8 +73,9 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
     entropy = corpora.unigram_entropy()
     say(f"unigram entropy {entropy:.3f} nats a token: the loss of guessing by frequency alone")
     assembly = assemble(config, mesh, corpora.tokenizer.vocabulary_size, say)
-    with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every) as store:
+    with Store(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, say) as store:
         step = resume.choose(store, config.resume, say)
+        resume.check_data(store, step, corpora)
         heartbeat.phase("compile")
         # XLA compiles the step on one core while the state is made, or read, on another. Python's part comes first: it
         # holds the others up.
@@ -134,6 +135,7 @@ class Run:
         config, progress = self.config, self.progress
         state, step, self.position = start.state, start.step, start.position
         self.seen_tokens, self.rewinds = start.seen_tokens, start.rewinds
+        self.watch.recall(start.watch)
         if start.step:
             progress.say(f"continuing from step {start.step}, {self.position:,} samples in, on mesh {self.mesh}")
         if compiling is None:
@@ -186,7 +188,7 @@ class Run:
         self.furthest = max(self.furthest, bad.step)
         start = resume.begin(self.assembly, self.store, step)
         self.tracker.rewind(step)
-        self.watch.restart()
+        self.watch.recall({})
         samples = [start.position, bad.position]
         self.position, self.seen_tokens, self.rewound_to = bad.position, start.seen_tokens, step
         self.events.record("fault", step=bad.step, kind="rewind", to=step, skipped_samples=samples)
@@ -205,7 +207,7 @@ class Run:
             raise self._diverged(bad, f"{bad}; it went back {most} times (--train.max-rewinds): {cure}")
         start = resume.begin(self.assembly, self.store, resume.choose(self.store, "auto", say))
         self.tracker.rewind(start.step)
-        self.watch.restart()
+        self.watch.recall(start.watch)
         self.furthest, self.rewound_to = max(self.furthest, bad.step), -1
         self.position, self.seen_tokens = start.position, start.seen_tokens
         self.events.record("fault", step=bad.step, kind="redo", to=start.step)
@@ -319,6 +321,8 @@ class Run:
             "position": self.position,
             "seen_tokens": self.seen_tokens,
             "rewinds": self.rewinds,
+            "watch": self.watch.memory(),
+            "data": self.corpora.digest(),
             "mesh": self.mesh,
             "config": dump(self.config),
         }

@@ -56,6 +56,7 @@ def replay(options: Replay) -> None:
         saved = last in store.steps()
         if not wanted and not saved:
             raise UserError(f"--step={last}: nothing of it was logged or saved; {folder} has steps up to {max(logged)}")
+        resume.check_data(store, before, corpora)
         start = resume.begin(assembly, store, before)
         positions = _positions(folder, start, last, config.data.batch_size)
         print(f"replaying steps {start.step + 1} to {last}, from sample {positions[start.step + 1]:,}")

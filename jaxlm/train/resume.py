@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxlm.checkpoint.store import Store
 from jaxlm.config.errors import NoValidCheckpoint, UserError
 from jaxlm.config.load import BEGUN, IMPORTED
 from jaxlm.data import tokenizer as tokenizers
+from jaxlm.data.corpus import Corpora
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.train.assemble import Assembly
 from jaxlm.train.state import State
@@ -30,6 +32,8 @@ class Start:
     """Tokens consumed, padding included."""
     rewinds: int
     """Times that it went back for bad numbers."""
+    watch: dict[str, Any]
+    """What is known of the losses before (`train.watch`)."""
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -43,6 +47,17 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
             f"{own} is not the tokenizer that the corpora give now: they have changed since the run began; bring them "
             "back (--data.path), or use another --run"
         )
+
+
+def check_data(store: Store, step: int | None, corpora: Corpora) -> None:
+    """Raise where checkpoint `step` counts samples of other data: its position means nothing in these."""
+    if step is None or store.meta(step).get("data", corpora.digest()) == corpora.digest():
+        return
+    names = ", ".join(str(corpus.folder.path) for corpus in corpora.corpora)
+    raise UserError(
+        f"checkpoint {step} of {store.folder.parent} was trained on other data than is there now ({names}): samples "
+        "would be repeated and left out; bring the data back (--data.path), or use another --run"
+    )
 
 
 def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
@@ -84,7 +99,7 @@ def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
     A checkpoint that was imported has parameters alone: the rest of the state is initialised.
     """
     if step is None:
-        return Start(state=assembly.init(), step=0, position=0, seen_tokens=0, rewinds=0)
+        return Start(state=assembly.init(), step=0, position=0, seen_tokens=0, rewinds=0, watch={})
     meta = store.meta(step)
     if imported := meta.get("imported"):
         stored = jnp.dtype(imported["dtype"])
@@ -93,7 +108,7 @@ def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
             assembly.plan.abstract["params"],
         )
         params = store.restore(step, {"params": abstract})["params"]
-        return Start(state=assembly.init(params), step=step, position=0, seen_tokens=0, rewinds=0)
+        return Start(state=assembly.init(params), step=step, position=0, seen_tokens=0, rewinds=0, watch={})
     state = store.restore(step, assembly.plan.abstract)
     # A run that starts again has its whole patience with steps that are not finite.
     state["streak"] = jax.device_put(np.zeros_like(state["streak"]), state["streak"].sharding)
@@ -103,4 +118,5 @@ def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
         position=meta["position"],
         seen_tokens=meta["seen_tokens"],
         rewinds=meta.get("rewinds", 0),
+        watch=meta.get("watch", {}),
     )

@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.generate.decode import generate
 from jaxlm.train.assemble import Assembly
 
 
 def write_sample(assembly: Assembly, tokenizer: Tokenizer, params: Any, folder: Path, step: int) -> str:
-    """Continue `eval.prompt` by `eval.sample_tokens` tokens, append the text to samples.txt and return it."""
+    """Continue `eval.prompt` by `eval.sample_tokens` tokens and return the text; process 0 writes it to samples.txt."""
     config = assembly.config.eval
     prompt = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
     model, length = assembly.model.config, config.sample_tokens
@@ -30,6 +32,7 @@ def write_sample(assembly: Assembly, tokenizer: Tokenizer, params: Any, folder: 
         eos_id=tokenizer.eos_id,
     )[0]
     text = tokenizer.decode([*prompt, *continuation])
-    with (folder / "samples.txt").open("a", encoding="utf-8") as file:
-        file.write(f"--- step {step} ---\n{text}\n")
+    if jax.process_index() == 0:
+        with (folder / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"--- step {step} ---\n{text}\n")
     return text

@@ -2,6 +2,7 @@
 
 from collections import deque
 from statistics import median
+from typing import Any
 
 SPIKE = 2.0
 """A loss over this many times the median of the steps before it is as bad as one that is not finite."""
@@ -29,12 +30,18 @@ class Watch:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.restart()
+        self.recall({})
 
-    def restart(self) -> None:
-        self._losses: deque[float] = deque(maxlen=WINDOW)
-        self._first: int | None = None
-        self._spikes = 0
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Go on from a `memory`; from nothing where that is empty."""
+        self._losses: deque[float] = deque(memory.get("losses", ()), maxlen=WINDOW)
+        self._first: int | None = memory.get("first")
+        self._spikes: int = memory.get("spikes", 0)
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint has to hold, as JSON, for a run that goes on from it to judge as one that was never
+        stopped."""
+        return {"losses": list(self._losses), "first": self._first, "spikes": self._spikes}
 
     @property
     def in_row(self) -> bool:

@@ -173,6 +173,19 @@ def test_old_steps_go_only_after_the_new_one_is_committed(tmp_path, monkeypatch)
         assert seen == [(1, [1, 2])] and store.steps() == [2]
 
 
+def test_room_is_made_before_a_save(tmp_path, monkeypatch):
+    with closing(Store(tmp_path, keep=3)) as store:
+        for step in (1, 2, 3):
+            save(store, step)
+    (tmp_path / "4" / "save-1").mkdir(parents=True)  # what a kill left
+    with closing(Store(tmp_path, keep=1)) as store:
+        monkeypatch.setattr(manifest, "commit", fail)
+        store.save(5, {"x": jnp.zeros(4)}, {})
+        with pytest.raises(SaveFailed):
+            store.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3"], "the newest that is kept stays"
+
+
 def test_a_step_saved_anew_replaces_the_old_one_only_when_committed(tmp_path, monkeypatch):
     with closing(Store(tmp_path)) as store:
         save(store, 1, {"x": jnp.zeros(4)}, run="old")

@@ -71,6 +71,9 @@ def test_saved_is_loaded(made, tmp_path):
     assert type(loaded) is type(made) and loaded.digest() == made.digest()
     assert (loaded.vocabulary_size, loaded.eos_id) == (made.vocabulary_size, made.eos_id)
     assert [loaded.encode(text) for text in HARD] == [made.encode(text) for text in HARD]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "saved").iterdir()}
+    loaded.save(tmp_path / "saved")  # nothing is written that a kill could cut short
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "saved").iterdir()} == written
 
 
 def test_bpe_compresses_and_has_the_size_asked_for(texts):

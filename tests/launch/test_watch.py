@@ -9,6 +9,7 @@ from jaxlm.config.schema import RunConfig
 from jaxlm.launch import job
 from jaxlm.launch.options import Limits, Options
 from jaxlm.launch.watch import Watch
+from jaxlm.metrics import heartbeat
 
 LIMITS = Limits(start=0.3, step=0.1, data=0.1, save=60.0)
 
@@ -31,6 +32,22 @@ def test_the_last_rank_is_at_fault_and_its_limit_counts(tmp_path: Path) -> None:
     stall = watch.look([])
     assert stall and stall.ranks == [0] and stall.beat.phase == "step"
     assert watch.look([0]) is None, "one that has ended is no longer waited for"
+
+
+def test_a_disk_that_fails_for_a_moment_is_no_rank_that_stands_still(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "beats" / "0"
+    file = heartbeat._File(path)
+    monkeypatch.setattr(heartbeat, "_beat", heartbeat.Beat(1, 7, "step", 3, 0.0))
+    file.write()  # there is no such folder yet
+    path.parent.mkdir()
+    file.write()
+    assert heartbeat.read(path).entered == 7
+    watch = Watch([path], LIMITS)
+    watch.look([])
+    path.unlink()
+    path.mkdir()  # what cannot be read
+    watch.look([])
+    assert watch.beats[0].entered == 7
 
 
 def test_a_rank_without_a_heartbeat_has_not_started(tmp_path: Path) -> None:

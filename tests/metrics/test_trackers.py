@@ -1,5 +1,6 @@
 """The files of a run: valid, complete, each step once, whatever killed the run before."""
 
+import errno
 import json
 import math
 import sys
@@ -31,6 +32,34 @@ def test_one_object_a_line_readable_before_close(tmp_path):
     assert lines(tmp_path / "new" / "eval.jsonl") == [{"step": 2, "loss": 3.0}]
     tracker.close()
     tracker.close()
+
+
+def test_lines_that_a_full_disk_refuses_come_before_the_next(tmp_path, monkeypatch):
+    path, room = tmp_path / "lines.jsonl", []
+    file = jsonl.JsonLines(path)
+    real = file._file
+
+    class Full:
+        def write(self, data):
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real.write(data[: room.pop()])
+
+        def close(self):
+            real.close()
+
+    monkeypatch.setattr(file, "_file", Full())
+    file.append({"step": 1})
+    room.append(5)  # half a line
+    file.append({"step": 2})
+    assert path.read_bytes() == b'{"ste'
+    room += [1000]
+    file.append({"step": 3})
+    assert [line["step"] for line in lines(path)] == [1, 2, 3]
+    file.append({"step": 4})
+    with pytest.raises(OSError, match="No space left"):
+        file.close()
+    assert real.closed
 
 
 def test_numbers_that_json_does_not_know(tmp_path):

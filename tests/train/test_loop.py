@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,21 @@ def test_resume_never_and_must(corpus: Path, whole: Path, tmp_path: Path) -> Non
         train(corpus, whole, resume="never")
     with pytest.raises(NoValidCheckpoint, match="resume=must"):
         train(corpus, tmp_path, resume="must")
+
+
+def test_other_data_is_not_gone_on_with(corpus: Path, tmp_path: Path) -> None:
+    """A position counts samples of these documents in this order: of others, some would come twice and some never."""
+    own = tmp_path / "corpus"
+    shutil.copytree(corpus, own)
+    quick = {"train__steps": 4, "eval__every": 0, "eval__sample_tokens": 0}
+    train(own, tmp_path / "run", **quick)
+    (own / "0.txt").rename(own / "99.txt")
+    with pytest.raises(UserError, match=r"checkpoint 4 of .*run was trained on other data than is there now") as raised:
+        train(own, tmp_path / "run", **(quick | {"train__steps": 6}))
+    assert "\n" not in str(raised.value)
+    (own / "99.txt").rename(own / "0.txt")
+    train(own, tmp_path / "run", **(quick | {"train__steps": 6}))
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_damaged_newest_checkpoint_is_not_used(corpus: Path, tmp_path: Path, capsys) -> None:

@@ -120,6 +120,22 @@ def test_what_counts_as_bad() -> None:
     assert (raised.value.first, raised.value.step, raised.value.position) == (WINDOW, WINDOW + 2, 16)
 
 
+def test_a_run_that_goes_on_judges_as_one_that_was_never_stopped() -> None:
+    losses = [2.0 + step % 3 / 10 for step in range(WINDOW + 50)] + [5.0, 5.0]
+    whole, until = Watch(limit=3), WINDOW + 51
+    for step, loss in enumerate(losses):
+        whole.see(step, step, loss, True)
+    first, second = Watch(limit=3), Watch(limit=3)
+    for step, loss in enumerate(losses[:until]):
+        first.see(step, step, loss, True)
+    second.recall(json.loads(json.dumps(first.memory())))
+    second.see(until, until, losses[until], True)
+    assert second.memory() == whole.memory() and second.in_row
+    for watch in (whole, second):
+        with pytest.raises(BadNumbers, match="3 steps up to step 152 were 3 times over"):
+            watch.see(WINDOW + 52, 0, 5.0, True)
+
+
 def test_a_young_run_has_no_spikes() -> None:
     watch = Watch(limit=1)
     for step in range(WINDOW):
