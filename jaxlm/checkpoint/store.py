@@ -203,7 +203,7 @@ class Store:
                 current = manifest.attempt(self.folder, step)
                 manifest.delete_leftovers(self.folder, step, current)
                 number = current + 1
-                self._tidy(but=step)
+                self._tidy(step)
             except OSError as error:
                 failure = error
         if jax.process_count() > 1:
@@ -226,14 +226,14 @@ class Store:
         faultpoints.point("after-commit")
         self._damaged.discard(step)
         manifest.delete_leftovers(self.folder, step, number)
-        return self._tidy()
+        return self._tidy(step)
 
-    def _tidy(self, but: int = -1) -> str | None:
-        """Delete the steps that retention does not keep and those that were never finished; a line about the first that
-        cannot be deleted."""
+    def _tidy(self, saving: int) -> str | None:
+        """Delete the steps that retention does not keep, and those but `saving` that were never finished; a line about
+        the first that cannot be deleted."""
         found = None
         for other in (*self._expired(), *manifest.incomplete(self.folder)):
-            if other == but:
+            if other == saving:
                 continue
             try:
                 manifest.delete(self.folder, other)

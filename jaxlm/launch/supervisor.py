@@ -4,6 +4,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ class Supervisor:
             return free.getsockname()[1]
 
     def _tell(self, event: str, line: str, **fields: Any) -> None:
-        """Append an event, and say its line where there is one."""
+        """Append an event, and say its line where there is one, and somebody who can hear it."""
         self._events.append({"time": now(), "event": event, **fields})
         if line:
-            print(f"launch: {line}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"launch: {line}", file=sys.stderr, flush=True)

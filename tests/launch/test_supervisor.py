@@ -29,6 +29,19 @@ def test_a_rank_that_dies_is_named_and_the_job_goes_on_from_the_last_checkpoint(
         assert job.left() == []
 
 
+def test_a_job_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    with launched(tmp_path, training=TRAINING) as job:
+        job.wait_for_step(2)
+        for pipe in (job.process.stdout, job.process.stderr):
+            assert pipe
+            pipe.close()
+        job.wait_for_step(6)
+        os.kill(job.beat(1).pid, signal.SIGKILL)
+        job.process.wait(60)
+        assert len(job.events("start")) == 2 and job.beat(0, 2).step == 12, "it was started again, and came to its end"
+        assert job.left() == []
+
+
 def test_a_run_that_was_to_begin_anew_is_continued_after_a_restart(tmp_path: Path) -> None:
     with launched(tmp_path, "--max-restarts=1", training=[*TRAINING, "--resume=never"], FAKE_EXIT="3:1:-9") as job:
         _, out, _ = job.end()
