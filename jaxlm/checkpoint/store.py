@@ -35,6 +35,10 @@ _PLAIN_FILES = "TensorStore data files not found"
 CHUNK_BYTES = 2**26
 """Smaller arrays are not cut on disk but for how devices hold them."""
 
+SHARE_BYTES = 2**24
+"""Devices that hold copies of an array share in writing it where that leaves each of them as much. Cutting it is a
+program for each shape and share, which the first save would wait for."""
+
 
 class SaveFailed(CommandError):
     """A checkpoint could not be written (disk full, read-only, ...). Earlier checkpoints are as they were."""
@@ -100,6 +104,7 @@ class Store:
         context = ocp.Context()
         context.array.saving.use_compression = False  # weights shrink by 8%, and saving takes ten times as long
         context.array.saving.scoped_storage_options_creator = _chunks
+        context.array.saving.min_slice_bytes_for_replica_parallel = SHARE_BYTES
         try:
             with context:
                 written = ocp.save_async(data / manifest.ARRAYS, {n: leaf for n, leaf in leaves.items() if leaf.size})

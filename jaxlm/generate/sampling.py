@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.config.errors import UserError
+from jaxlm.parallel import keys
 
 LARGEST = 2**31 - 1
 COLDEST = 1e-30
@@ -86,7 +87,7 @@ def draw(
     The noise depends on the seed, the row, the token's position in the row and its id: not on other rows, on padding
     or on the mesh.
     """
-    root = jax.random.key(seed, impl="threefry2x32")
+    root = keys.key(seed)
 
     def noise(row: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(root, row), position)

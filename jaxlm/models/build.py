@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxlm.config.errors import UserError
@@ -15,6 +16,7 @@ from jaxlm.models.encoder import Encoder
 from jaxlm.models.encoder_decoder import EncoderDecoder
 from jaxlm.models.layers import Noise
 from jaxlm.models.runtime import Runtime
+from jaxlm.parallel.keys import Keys, words
 from jaxlm.parallel.rules import Dims
 
 Params = dict[str, Any]
@@ -45,9 +47,13 @@ class Model:
     def padded_vocabulary(self) -> int:
         return padded(self.vocabulary)
 
-    def init(self, key: jax.Array) -> Params:
+    def words(self, seed: int) -> dict[str, np.ndarray]:
+        """What `init` makes its keys of."""
+        return words(seed, self.config.layers)
+
+    def init(self, words: dict[str, Any]) -> Params:
         """Fresh parameters; run under jit with `out_shardings`, they are born sharded."""
-        return nnx.to_pure_dict(nnx.split(_describe(self.config, self.vocabulary, nnx.Rngs(params=key)))[1])
+        return nnx.to_pure_dict(nnx.split(_describe(self.config, self.vocabulary, Keys(**words)))[1])
 
     def hidden(self, params: Params, batch: dict[str, jax.Array], runtime: Runtime, key: jax.Array | None = None):
         """Final hidden states [B, T, D] of a batch with `tokens`, `segment_ids` and `positions`, and maybe `types`; for
@@ -144,7 +150,7 @@ def _source(module: Decoder, batch: dict[str, jax.Array], runtime: Runtime, key:
     )
 
 
-def _describe(config: ModelConfig, vocabulary: int, rngs: nnx.Rngs) -> Decoder:
+def _describe(config: ModelConfig, vocabulary: int, rngs: Keys) -> Decoder:
     return ARCHITECTURES[config.architecture](rngs, config, padded(vocabulary))
 
 
@@ -166,7 +172,7 @@ def build(config: ModelConfig, tokenizer_vocabulary: int | None) -> Model:
             f"model.vocabulary {vocabulary} is smaller than the tokenizer's {tokenizer_vocabulary}; "
             "raise --model.vocabulary or leave it out"
         )
-    abstract = nnx.eval_shape(lambda: _describe(config, vocabulary, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: _describe(config, vocabulary, Keys(**words(0, config.layers))))
     graph, state = nnx.split(abstract)
     dims: dict[str, Any] = {}
     for path, variable in nnx.to_flat_state(state):

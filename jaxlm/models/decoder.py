@@ -19,6 +19,7 @@ from jaxlm.models.relative import RelativeBias
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
 from jaxlm.models.stack import run_chunk, run_stack
+from jaxlm.parallel.keys import Keys
 from jaxlm.parallel.rules import axes_of
 from jaxlm.parallel.sequence import COPIES, PARTS
 
@@ -179,12 +180,11 @@ class Decoder(nnx.Module):
 def stacked(rngs, config: ModelConfig) -> Block:
     """All blocks of a stack; their parameters have a leading `layers` dim."""
 
-    @nnx.split_rngs(splits=config.layers)
     @nnx.vmap(in_axes=(0,), out_axes=0)
-    def stack(rngs: nnx.Rngs) -> Block:
-        return Block(rngs, config)
+    def stack(words: jax.Array) -> Block:
+        return Block(Keys(words), config)
 
-    return stack(rngs)
+    return stack(rngs.stack())
 
 
 def empty_cache(config: ModelConfig, *, batch: int, slots: int, dtype: jnp.dtype, source: int = 0) -> Cache:

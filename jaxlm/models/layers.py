@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.config.schema import ModelConfig
 from jaxlm.models.runtime import Runtime
+from jaxlm.parallel.keys import Keys
 from jaxlm.parallel.rules import Dims
 
 Side = Literal["inputs", "outputs"]
@@ -30,7 +31,7 @@ def normal(std: float) -> Initializer:
 
 
 def parameter(
-    rngs: nnx.Rngs, shape: tuple[int, ...], dims: Dims, init: Initializer, dtype: jnp.dtype = jnp.float32
+    rngs: Keys, shape: tuple[int, ...], dims: Dims, init: Initializer, dtype: jnp.dtype = jnp.float32
 ) -> nnx.Param:
     """A parameter with a logical name for each dim (`parallel.rules`)."""
     if len(shape) != len(dims):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-LATER_NEEDS = ("grain", "orbax.checkpoint.v1")
+LATER_NEEDS = ("grain", "orbax.checkpoint")
 """Libraries that are slow to import and that nothing needs before the first step is compiled."""
 
 

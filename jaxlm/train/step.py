@@ -17,7 +17,7 @@ from jaxlm.data.spans import target_length
 from jaxlm.models.build import Model
 from jaxlm.models.router import Load
 from jaxlm.models.runtime import Runtime
-from jaxlm.parallel import flags
+from jaxlm.parallel import flags, keys
 from jaxlm.train import balance, local, stages
 from jaxlm.train.loss import token_losses
 from jaxlm.train.state import State, StatePlan
@@ -167,7 +167,7 @@ def train_step(
         params, scale = state["params"], state.get("loss_scale", {}).get("scale")
         key = None
         if model.config.dropout:
-            key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state["step"])
+            key = jax.random.fold_in(keys.key(config.train.seed + 1), state["step"])
             batch = batch | _places(batch, runtime)
         batch = runtime.arrange(batch)
         grads, total, count, loads = gradients(

@@ -186,6 +186,21 @@ def test_room_is_made_before_a_save(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3"], "the newest that is kept stays"
 
 
+def test_only_large_arrays_are_cut_between_the_devices_that_hold_copies(store, monkeypatch):
+    """Each cut is a program, which a save would wait for."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    state = {"x": put(np.arange(40.0, dtype=np.float32), mesh(data=8))}
+    save(store, 1, state)
+    assert compiled == []
+    monkeypatch.setattr(stores, "SHARE_BYTES", 4)
+    save(store, 2, state)
+    assert compiled
+    assert bits(store.restore(1, abstract(state))) == bits(store.restore(2, abstract(state))) == bits(state)
+
+
 def test_a_step_saved_anew_replaces_the_old_one_only_when_committed(tmp_path, monkeypatch):
     with closing(Store(tmp_path)) as store:
         save(store, 1, {"x": jnp.zeros(4)}, run="old")

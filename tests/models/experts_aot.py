@@ -13,6 +13,7 @@ from jaxlm.models.experts import Experts
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import rules
 from jaxlm.parallel.collectives import Collective, collectives
+from jaxlm.parallel.keys import Keys, words
 from jaxlm.parallel.mesh import from_devices
 
 B, T, D, F = 16, 512, 512, 1024
@@ -25,7 +26,7 @@ def compiled() -> list[Collective]:
     """The collectives of forward and backward on ep4,tp2."""
     layout = rules.layout(from_devices(parse("ep4,tp2"), devices("cuda")))
     how = Runtime(layout=layout, dtype=jnp.dtype("bfloat16"))
-    graph, state = nnx.split(nnx.eval_shape(lambda: Experts(nnx.Rngs(0), CONFIG)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Experts(Keys(**words(seed=0, layers=1)), CONFIG)))
     places = {path: layout.sharding(leaf.get_metadata()["dims"]) for path, leaf in nnx.to_flat_state(state)}
     tokens = layout.sharding(("batch", "sequence"))
 

@@ -126,7 +126,7 @@ def test_buckets_are_those_of_the_paper(causal: bool) -> None:
 def model_of(**changes: object) -> tuple[Model, Params]:
     config: ModelConfig = dataclasses.replace(T5, vocabulary=VOCABULARY, embed=32, head_size=8, mlp=48, **changes)
     model = build(config, None)
-    params = jax.jit(model.init)(jax.random.key(1))
+    params = jax.jit(model.init)(model.words(seed=1))
     # Tables that are all alike would hide what they are indexed by.
     return model, jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
 

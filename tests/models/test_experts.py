@@ -26,6 +26,7 @@ from jaxlm.models.router import Load, route
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import rules
 from jaxlm.parallel.collectives import collectives
+from jaxlm.parallel.keys import Keys, words
 from jaxlm.parallel.mesh import from_devices
 
 TOLERANCE = 1e-5
@@ -59,7 +60,7 @@ def runtime(mesh: str = "dp1", **keys) -> Runtime:
 @cache
 def layer(name: str) -> tuple:
     """Graph, random parameters (biases too) and their logical dims."""
-    graph, state = nnx.split(Experts(nnx.Rngs(params=0), FAMILIES[name]))
+    graph, state = nnx.split(Experts(Keys(**words(seed=0, layers=1)), FAMILIES[name]))
     random = np.random.default_rng(1)
     params = jax.tree.map(lambda p: p + 0.1 * random.normal(size=p.shape).astype("f"), nnx.to_pure_dict(state))
     dims: dict = {}
@@ -450,7 +451,7 @@ def test_rows_go_to_the_experts_and_no_expert_goes_to_the_rows(name):
 def test_hidden_layers_are_not_kept_for_the_backward(capacity_factor):
     """Without a capacity they would take as much memory as if all tokens went to one device."""
     wide = dataclasses.replace(MIXTRAL, mlp=4096, capacity_factor=capacity_factor)
-    graph, state = nnx.split(Experts(nnx.Rngs(params=0), wide))
+    graph, state = nnx.split(Experts(Keys(**words(seed=0, layers=1)), wide))
     x, segments, g = map(jnp.asarray, inputs())
     _, pull = jax.vjp(lambda p, x: nnx.merge(graph, p)(x, segments, runtime())[0], nnx.to_pure_dict(state), x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape and leaf.shape[-1] == 4096]

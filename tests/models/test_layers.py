@@ -14,6 +14,7 @@ from jaxlm.config.schema import ModelConfig
 from jaxlm.models.layers import ACTIVATIONS, Linear, Mlp, Noise, Norm, dropout, normal, parameter
 from jaxlm.models.runtime import Runtime
 from jaxlm.parallel import rules
+from jaxlm.parallel.keys import Keys, words
 from jaxlm.parallel.mesh import from_devices
 
 RMS = ModelConfig(norm="rms", embed=16, mlp=24, norm_epsilon=1e-2)
@@ -24,8 +25,8 @@ def runtime(mesh: str = "dp1", **keys) -> Runtime:
     return Runtime(layout=rules.layout(from_devices(spec, jax.devices()[: spec.device_count])), **keys)
 
 
-def rngs() -> nnx.Rngs:
-    return nnx.Rngs(params=jax.random.key(0))
+def rngs() -> Keys:
+    return Keys(**words(seed=0, layers=1))
 
 
 def array(*shape: int, seed: int = 0, dtype="float32") -> jax.Array:

@@ -50,7 +50,8 @@ def compiled(style: str, policy: str, mesh: str = "dp1", dtype: str = "float32")
 
 @cache
 def arguments(style: str):
-    params = build(MODELS[style], None).init(jax.random.key(0))
+    model = build(MODELS[style], None)
+    params = model.init(model.words(seed=0))
     at = np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1))
     tokens = np.random.default_rng(0).integers(0, 100, at.shape).astype(np.int32)
     places = np.arange(at.size, dtype=np.int32).reshape(at.shape)
