@@ -1,5 +1,6 @@
 """Every test runs on 8 simulated CPU devices, with strict array rules, shapes and dtypes checked at each call."""
 
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -34,3 +35,9 @@ settings.register_profile(
     "jaxlm", derandomize=True, max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("jaxlm")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: looking through it again and again is a tenth of the time of tracing."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

@@ -36,10 +36,14 @@ def main(argv: list[str]) -> None:
     else:
         heartbeat.begin()
         heartbeat.phase("init")
-        gc.disable()  # what importing and tracing make stays: looking through it each time takes a sixth of the start
-        from jaxlm.train.loop import run
+        # What importing and tracing make stays: to look through it each time takes a sixth of the start.
+        gc.disable()
+        try:
+            from jaxlm.train.loop import run
 
-        run(config)
+            run(config)  # which enables it again before it trains
+        finally:
+            gc.enable()
 
 
 if __name__ == "__main__":

@@ -46,19 +46,9 @@ class Assembly:
         """
         return steps.compile_step(lowered or self.lower(), self.runtime.layout.mesh.devices.flat[0], announce)
 
-    def lower_init(self, params: build.Params | None = None) -> jax.stages.Lowered:
-        """What makes a fresh state, or one that begins with `params`, as it is given to the compiler."""
-        return state.lower_init(self.model, self.optimizer, self.plan, params)
-
-    def init(self, params: build.Params | None = None, lowered: jax.stages.Lowered | None = None) -> state.State:
-        """A fresh state, born sharded, or one that begins with `params`.
-
-        Args:
-            lowered: what `lower_init` returned, where it was called already.
-        """
-        platform = self.runtime.layout.mesh.devices.flat[0].platform
-        make = state.compile_init(lowered or self.lower_init(params), platform)
-        return make(self.model.words(self.config.train.seed), params)
+    def init(self, params: build.Params | None = None) -> state.State:
+        """A fresh state, born sharded, or one that begins with `params`."""
+        return state.init(self.model, self.optimizer, self.plan, self.config.train.seed, params)
 
     def unpiped(self, variant: str) -> Runtime:
         """For a forward pass without a pipeline: as in training, but laid out as `variant` of `parallel.rules`.

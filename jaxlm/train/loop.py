@@ -78,13 +78,11 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
         step = resume.choose(store, config.resume, say)
         resume.check_data(store, step, corpora)
         heartbeat.phase("compile")
-        # The state is made, or read, while Python traces the step: XLA has cores free then, and none once it compiles.
-        fresh = assembly.lower_init() if step is None else None
-        starting = beside(resume.begin, assembly, store, step, fresh)
+        # XLA compiles the step on one core while the state is made, or read, on another. Python's part comes first: it
+        # holds the others up.
         compiling = None if (step or 0) >= config.train.steps else beside(assembly.compile, say, assembly.lower())
         beside(import_later_needs)
-        start, _ = starting.result()
-        gc.freeze()
+        start = resume.begin(assembly, store, step)
         gc.enable()
         events = Events(folder, write=first)
         tracker = Tracker(

@@ -93,16 +93,13 @@ def choose(store: Store, resume: str, say: Callable[[str], None]) -> int | None:
     return step
 
 
-def begin(assembly: Assembly, store: Store, step: int | None, fresh: jax.stages.Lowered | None = None) -> Start:
+def begin(assembly: Assembly, store: Store, step: int | None) -> Start:
     """Initialise, or restore `step` onto the mesh of `assembly`, whatever mesh it was saved from.
 
     A checkpoint that was imported has parameters alone: the rest of the state is initialised.
-
-    Args:
-        fresh: `Assembly.lower_init()`, where it was called already.
     """
     if step is None:
-        return Start(state=assembly.init(lowered=fresh), step=0, position=0, seen_tokens=0, rewinds=0, watch={})
+        return Start(state=assembly.init(), step=0, position=0, seen_tokens=0, rewinds=0, watch={})
     meta = store.meta(step)
     if imported := meta.get("imported"):
         stored = jnp.dtype(imported["dtype"])

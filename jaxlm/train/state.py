@@ -85,28 +85,25 @@ def plan(
     return StatePlan(abstract=jax.tree_util.tree_map_with_path(place, abstract), gradients=gradients)
 
 
-def lower_init(
-    model: Model, optimizer: optax.GradientTransformation, plan: StatePlan, params: Params | None = None
-) -> jax.stages.Lowered:
-    """What makes a fresh state of `Model.words` and `params`, for the compiler. The state is born sharded: no device
-    ever holds more than its part. The same values on every mesh.
+def init(
+    model: Model, optimizer: optax.GradientTransformation, plan: StatePlan, seed: int, params: Params | None = None
+) -> State:
+    """A fresh state, born sharded: no device ever holds more than its part. The same values on every mesh.
 
     Args:
         params: those to begin with, laid out as the plan has them, in any dtype; they are given away. None: fresh ones.
     """
     dtype = jax.tree.leaves(plan.abstract["params"])[0].dtype
     scaled = "loss_scale" in plan.abstract
+    platform = jax.tree.leaves(plan.shardings)[0].mesh.devices.flat[0].platform
+    words = model.words(seed)
     make = jax.jit(
         lambda words, params: _fresh(optimizer, model.init(words) if params is None else params, dtype, scaled),
         out_shardings=plan.shardings,
         donate_argnums=1,
-    )
-    return make.lower(model.words(0), params)
-
-
-def compile_init(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
-    """Compile it, with the options of `parallel.flags` that this compiler has: nothing is lost without."""
-    return flags.compile_with(lowered, flags.initialisation(platform), announce=lambda line: None)
+    ).lower(words, params)
+    # Options that this compiler lacks are no loss.
+    return flags.compile_with(make, flags.initialisation(platform), announce=lambda line: None)(words, params)
 
 
 def _fresh(optimizer: optax.GradientTransformation, params: Params, dtype: jnp.dtype, scaled: bool) -> State:
