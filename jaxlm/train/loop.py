@@ -61,7 +61,10 @@ def run(config: RunConfig) -> None:
     check(config, spec, leader.say)
     folder = check_run_folder(config, leader.say)
     with alone(folder, leader.say), not_waiting_for_others():
-        _run(config, mesh, str(spec), folder)
+        try:
+            _run(config, mesh, str(spec), folder)
+        finally:
+            gc.unfreeze()
 
 
 def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
@@ -83,6 +86,7 @@ def _run(config: RunConfig, mesh: Mesh, spec: str, folder: Path) -> None:
         compiling = None if (step or 0) >= config.train.steps else beside(assembly.compile, say, assembly.lower())
         beside(import_later_needs)
         start = resume.begin(assembly, store, step)
+        gc.freeze()  # a collection that looks at all that training needs would hold a step up for a third of a second
         gc.enable()
         events = Events(folder, write=first)
         tracker = Tracker(
