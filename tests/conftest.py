@@ -41,3 +41,8 @@ def pytest_collection_finish() -> None:
     """What is there by now stays: looking through it again and again is a tenth of the time of tracing."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_sessionfinish() -> None:
+    """pytest looks for garbage as it ends: a worker that takes more than five seconds over that is interrupted."""
+    gc.freeze()
