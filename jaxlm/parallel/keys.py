@@ -98,7 +98,7 @@ def _hash_of_batches(size: int, batched: list[bool], *arrays: jax.Array) -> tupl
 
 
 def _random_bits(key: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
-    if width != 32 or math.prod(shape) > 2**32:
+    if width != 32 or math.prod(shape) >= 2**32:  # whose strides may not be of 32 bits
         return threefry_prng_impl.random_bits(key, width, shape)
     low = jnp.zeros(shape, jnp.uint32)
     for dim in range(len(shape)):

@@ -72,7 +72,8 @@ def test_numbers_beyond_32_bits_are_those_of_jax():
         return str(draw(jax.random.key_data(OURS)))
 
     assert " threefry2x32 " in program(2**20, 2**13)
-    assert " threefry2x32 " not in program(2**20, 2**12)
+    assert " threefry2x32 " in program(1, 2**20, 2**12)
+    assert " threefry2x32 " not in program(1, 2**20, 2**12 - 1)
 
 
 def test_a_draw_is_one_kernel():
