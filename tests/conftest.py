@@ -38,7 +38,7 @@ settings.load_profile("jaxlm")
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now stays: looking through it again and again is a tenth of the time of tracing."""
+    """What is there by now stays: looking through it again and again slows tracing down."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 

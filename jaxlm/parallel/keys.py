@@ -1,7 +1,7 @@
 """Random keys: JAX's Threefry-2x32, bit for bit, with its rounds written out on every platform.
 
-JAX writes them out for accelerators, but as a loop for CPUs, where a draw is ten kernels then: it takes three times as
-long to compile (ten times where LLVM optimises fully) and to run as the one kernel that XLA makes of this.
+JAX writes them out for accelerators, but as a loop for CPUs, where a draw is ten kernels then. They take at least three
+times as long to compile as the one kernel that XLA makes of this, and longer to run.
 The bits of an element depend on the key and on the element's number alone, so a mesh draws what one device does.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     else:
         heartbeat.begin()
         heartbeat.phase("init")
-        # What importing and tracing make stays: to look through it each time takes a sixth of the start.
+        # What importing and tracing make stays: to look through it again and again delays the start.
         gc.disable()
         try:
             from jaxlm.train.loop import run
